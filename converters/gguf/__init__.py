@@ -1,0 +1,1 @@
+"""Writing GGUF files: patching existing ones and converting Hugging Face folders."""

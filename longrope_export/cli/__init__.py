@@ -1,0 +1,1 @@
+"""The `longrope` command: one file a command group."""

@@ -1,0 +1,37 @@
+"""Parameter types and output helpers that several commands share."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import click
+
+
+class LengthType(click.ParamType):
+    """A context length: `16384`, `32k`, `1M`, or a multiple of the model's window such as `4x`."""
+
+    name = "length"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = str(value).strip().lower()
+        if not re.fullmatch(r"\d+(\.\d+)?x|\d+|\d+[km]", text):
+            self.fail(f"{value!r} is not a length; write 16384, 32k, 1m or 4x", param, ctx)
+        return text
+
+
+LENGTH = LengthType()
+
+
+def resolve_length(text: str, window: int) -> int:
+    """Tokens meant by `text` (see `LengthType`) for a model with a window of `window` tokens."""
+    if text.endswith("x"):
+        return round(float(text[:-1]) * window)
+    unit = {"k": 1024, "m": 1024 * 1024}.get(text[-1], 1)
+    return int(text.rstrip("km")) * unit
+
+
+def print_json(value: Any) -> None:
+    """Print `value` on stdout as indented JSON."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))

@@ -1,0 +1,67 @@
+"""The `longrope` command group: imports a command's module only when that command runs."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+from longrope_export import __version__
+from longrope_export.errors import LongRopeError
+
+# name → (module, attribute, one line for --help); kept here so that --help imports no command.
+COMMANDS = {
+    "extend": ("extend", "extend", "Give a model a longer window: find factors, embed them, check them."),
+    "plan": ("plan", "plan", "Will it fit? Cache size, memory and time at the longer window."),
+    "describe": ("describe", "describe", "Show a model's RoPE, window, scaling and which runtimes honour factors."),
+    "search": ("search", "search", "Search the rescale factors for a longer window."),
+    "eval": ("evaluate", "evaluate", "Measure perplexity and passkey retrieval at several lengths."),
+    "patch": ("patch", "patch", "Embed factors in an existing GGUF file; no weight is touched."),
+    "export": ("export", "export", "Write an HF folder and a GGUF from one model and one record."),
+    "read": ("read", "read", "Give the scaling record back from any file that carries one."),
+    "verify": ("verify", "verify", "Prove that transformers and llama.cpp apply the embedded factors."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands' names and help lines without importing them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module, attribute, _ = COMMANDS[name]
+        command = getattr(importlib.import_module(f"longrope_export.cli.{module}"), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, _, line) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="longrope")
+def cli() -> None:
+    """Give RoPE language models a longer context window, exactly, in every runtime.
+
+    \b
+    Examples:
+      longrope describe model.gguf
+      longrope extend model.gguf --to 4x --method yarn --out longer.gguf
+      longrope extend MODEL --to 4x --data book.txt --out DIR
+      longrope verify longer.gguf
+    """
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Entry point: user errors become one line on stderr and exit code 1; bugs keep their traceback."""
+    try:
+        return cli.main(args=arguments, prog_name="longrope")
+    except LongRopeError as error:
+        click.echo(f"longrope: {error}", err=True)
+        sys.exit(1)

@@ -1,0 +1,1 @@
+"""Read-only access to model files: GGUF and safetensors headers and tensors, HF configs."""

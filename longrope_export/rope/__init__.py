@@ -1,0 +1,1 @@
+"""RoPE mathematics: frequencies and closed-form scaling methods, as pure functions."""

@@ -1,0 +1,1 @@
+"""Training: the embedded demo model and, later, fine-tuning with LongRoPE factors."""

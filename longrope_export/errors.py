@@ -9,6 +9,7 @@ LongRopeError                   one clear line on stderr, exit 1
 ├── MissingDependencyError      an optional package is needed for this command
 ├── TextTooShortError           the given texts do not reach the asked length
 ├── RuntimeFailure              an external runtime (llama.cpp) crashed or refused the file
+├── CacheError                  a KV cache cannot be kept exact when its sequence passes the window
 ├── StaleStateError             saved state was made with another model, data or version
 └── NumericalError              NaN or infinite results where finite ones are needed
 
@@ -51,6 +52,10 @@ class TextTooShortError(LongRopeError):
 
 class RuntimeFailure(LongRopeError):
     """An external runtime crashed or refused the file."""
+
+
+class CacheError(LongRopeError):
+    """A KV cache cannot be kept exact when its sequence passes the window."""
 
 
 class StaleStateError(LongRopeError):

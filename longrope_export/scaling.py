@@ -135,7 +135,9 @@ class RopeScaling:
         """
         try:
             values = json.loads(text, object_pairs_hook=_no_duplicates)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except ScalingError:
+            raise
+        except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
             raise ScalingError(f"the scaling record is not valid JSON: {error}") from None
         return cls.from_dict(values)
 

@@ -1,7 +1,7 @@
 """Reading the header of a GGUF file (metadata and tensor table) without reading arrays or weights.
 
-Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Every size and count is compared with the bytes that
-are left before it is used: a header comes from a stranger.
+Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Every size and count is compared with the
+bytes that are left before it is used: a header comes from a stranger.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ _U64 = struct.Struct("<Q")
 class MetadataEntry:
     """One key of the header; `start` and `end` are the file offsets of the whole key-value record.
 
-    Arrays have `value` None, `array_type` and `array_length` set, and their elements from `elements` to `end`.
+    Arrays have `value` None, `array_type` and `array_length` set, and their elements from `elements` to
+    `end`.
     """
 
     key: str
@@ -82,8 +83,8 @@ class MetadataEntry:
 class TensorInfo:
     """One row of the tensor table; `start` and `end` are the file offsets of the row itself.
 
-    `shape` is in ggml's `ne` order (fastest dimension first), `offset` relative to the header's `data_start`, `size`
-    the number of bytes of its data.
+    `shape` is in ggml's `ne` order (fastest dimension first), `offset` relative to the header's
+    `data_start`, `size` the number of bytes of its data.
     """
 
     name: str
@@ -99,8 +100,8 @@ class TensorInfo:
 class GgufHeader:
     """A validated GGUF header.
 
-    All positions are file offsets in bytes: the metadata ends at `kv_end`, the tensor table at `infos_end`, tensor data
-    begins at `data_start` (which lies beyond `file_size` only in a file without tensors).
+    All positions are file offsets in bytes: the metadata ends at `kv_end`, the tensor table at `infos_end`,
+    tensor data begins at `data_start` (which lies beyond `file_size` only in a file without tensors).
     """
 
     path: Path
@@ -124,7 +125,8 @@ class GgufHeader:
         return next((info for info in self.tensors if info.name == name), None)
 
     def read_array(self, key: str) -> Any:
-        """Decode one array: a list of str for strings (bytes that are no UTF-8 as surrogates), else a 1-D numpy array.
+        """Decode one array: a list of str for strings (bytes that are no UTF-8 as surrogates), else a 1-D
+        numpy array.
 
         Raises `InputFileError` when the key is absent, is no array, or the file has changed on disk.
         """
@@ -244,8 +246,17 @@ def _parse(path: Path, view: mmap.mmap, size: int) -> GgufHeader:
     data_start = align(cursor.position, alignment)
     _check_data(cursor, tensors, data_start)
     return GgufHeader(
-        path, version, alignment, MappingProxyType(metadata), tensors, kv_start, kv_end, cursor.position, data_start, size
-    )  # fmt: skip
+        path=path,
+        version=version,
+        alignment=alignment,
+        metadata=MappingProxyType(metadata),
+        tensors=tensors,
+        kv_start=kv_start,
+        kv_end=kv_end,
+        infos_end=cursor.position,
+        data_start=data_start,
+        file_size=size,
+    )
 
 
 def align(position: int, alignment: int) -> int:
@@ -338,7 +349,9 @@ def _read_tensor_info(cursor: _Cursor) -> TensorInfo:
     name = cursor.name("a tensor name", MAX_NAME_BYTES)
     dimensions = cursor.u32()
     if dimensions > MAX_DIMENSIONS:
-        raise cursor.error(f"the tensor {name!r} has {dimensions:,} dimensions, at most {MAX_DIMENSIONS} are allowed")
+        raise cursor.error(
+            f"the tensor {name!r} has {dimensions:,} dimensions, at most {MAX_DIMENSIONS} are allowed"
+        )
     shape = tuple(cursor.u64() for _ in range(dimensions))
     ggml_type, offset = cursor.u32(), cursor.u64()
     size = _tensor_size(cursor, name, shape, ggml_type)
@@ -356,7 +369,9 @@ def _tensor_size(cursor: _Cursor, name: str, shape: tuple[int, ...], ggml_type: 
         if elements >= 1 << 63 or dimension >= 1 << 63:
             raise cursor.error(f"the tensor {name!r} has the impossible shape {shape}")
     if (shape[0] if shape else 1) % block:
-        raise cursor.error(f"the tensor {name!r} has rows of {shape[:1]} values, not a multiple of its block of {block}")
+        raise cursor.error(
+            f"the tensor {name!r} has rows of {shape[:1]} values, not a multiple of its block of {block}"
+        )
     return elements // block * block_bytes
 
 

@@ -28,8 +28,8 @@ def read_raw(header: GgufHeader, name: str) -> bytes:
 def read_tensor(header: GgufHeader, name: str) -> npt.NDArray[np.float32]:
     """Tensor `name` as float32, row-major: its numpy shape is ggml's `ne` reversed.
 
-    F32, F16, BF16 and every quantised type that the `gguf` package can dequantise. Raises `InputFileError` when there
-    is no such tensor, `UnsupportedModelError` for a type that cannot be dequantised.
+    F32, F16, BF16 and every quantised type that the `gguf` package can dequantise. Raises `InputFileError`
+    when there is no such tensor, `UnsupportedModelError` for a type that cannot be dequantised.
     """
     info = find_tensor(header, name)
     shape = tuple(reversed(info.shape))
@@ -73,7 +73,11 @@ def _dequantize(info: TensorInfo, rows: npt.NDArray[np.uint8]) -> npt.NDArray[np
     from gguf.quants import dequantize
 
     kind = GGMLQuantizationType(info.ggml_type)
-    plain = {GGMLQuantizationType.F32: "<f4", GGMLQuantizationType.F16: "<f2", GGMLQuantizationType.F64: "<f8"}
+    plain = {
+        GGMLQuantizationType.F32: "<f4",
+        GGMLQuantizationType.F16: "<f2",
+        GGMLQuantizationType.F64: "<f8",
+    }
     if kind in plain:
         return rows.view(plain[kind]).astype(np.float32)
     try:
@@ -81,5 +85,7 @@ def _dequantize(info: TensorInfo, rows: npt.NDArray[np.uint8]) -> npt.NDArray[np
         with np.errstate(all="ignore"):
             values: Any = dequantize(rows, kind)
     except NotImplementedError:
-        raise UnsupportedModelError(f"the tensor {info.name!r} has type {type_name(info.ggml_type)}; it cannot be dequantised here") from None  # fmt: skip
+        raise UnsupportedModelError(
+            f"the tensor {info.name!r} has type {type_name(info.ggml_type)}; it cannot be dequantised here"
+        ) from None
     return np.asarray(values, np.float32)

@@ -1,7 +1,7 @@
 """Reading the header of a safetensors file without reading tensors.
 
-The limits are the format's own (https://github.com/huggingface/safetensors#format), checked strictly: duplicate keys,
-holes, overlaps and bytes after the data are refused.
+The limits are the format's own (https://github.com/huggingface/safetensors#format), checked strictly:
+duplicate keys, holes, overlaps and bytes after the data are refused.
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ from longrope_export.errors import InputFileError
 
 MAX_HEADER_BYTES = 100_000_000
 METADATA_KEY = "__metadata__"
-# bits per value
+_DTYPES_BY_BITS = {
+    4: "F4",
+    6: "F6_E2M3 F6_E3M2",
+    8: "BOOL U8 I8 F8_E4M3 F8_E5M2 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ",
+    16: "I16 U16 F16 BF16",
+    32: "I32 U32 F32",
+    64: "I64 U64 F64 C64",
+}
 DTYPE_BITS: Mapping[str, int] = MappingProxyType(
-    {
-        "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
-        "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "C64": 64,
-        "F64": 64, "I64": 64, "U64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-    }
-)  # fmt: skip
+    {name: bits for bits, names in _DTYPES_BY_BITS.items() for name in names.split()}
+)
 _U64 = struct.Struct("<Q")
 
 
@@ -87,10 +90,13 @@ def _header_length(path: Path, raw: bytes, size: int) -> int:
         raise InputFileError(f"{path} is truncated: a safetensors file has at least 8 bytes, this one {size}")
     length = int(_U64.unpack(raw)[0])
     if length > MAX_HEADER_BYTES:
-        raise _invalid(path, f"its header declares {length:,} bytes, at most {MAX_HEADER_BYTES:,} are allowed")
+        raise _invalid(
+            path, f"its header declares {length:,} bytes, at most {MAX_HEADER_BYTES:,} are allowed"
+        )
     if 8 + length > size:
         raise InputFileError(
-            f"{path} is truncated: the header needs {8 + length:,} bytes, the file has {size:,}; download it again"
+            f"{path} is truncated: the header needs {8 + length:,} bytes, the file has {size:,}; "
+            "download it again"
         )
     return length
 
@@ -140,7 +146,10 @@ def _tensor(path: Path, name: str, entry: Any) -> SafetensorsTensor:
         if bits >= 1 << 66:
             raise _invalid(path, f"the tensor {name!r} has an impossible shape")
     if bits != 8 * (offsets[1] - offsets[0]):
-        raise _invalid(path, f"the tensor {name!r} has {offsets[1] - offsets[0]:,} bytes, its shape needs {bits / 8:,.0f}")
+        raise _invalid(
+            path,
+            f"the tensor {name!r} has {offsets[1] - offsets[0]:,} bytes, its shape needs {bits / 8:,.0f}",
+        )
     return SafetensorsTensor(dtype, shape, offsets[0], offsets[1])
 
 
@@ -152,7 +161,8 @@ def _check_coverage(path: Path, tensors: Mapping[str, SafetensorsTensor], data_s
         position = tensor.end
     if position > data_size:
         raise InputFileError(
-            f"{path} is truncated: its tensors need {position:,} bytes, {data_size:,} are there; download it again"
+            f"{path} is truncated: its tensors need {position:,} bytes, {data_size:,} are there; "
+            "download it again"
         )
     if position < data_size:
         raise _invalid(path, f"{data_size - position:,} bytes after its tensors belong to none")

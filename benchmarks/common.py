@@ -1,0 +1,56 @@
+"""Small helpers for benchmarks: alternating timings, and the peak memory of a child process."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+
+def alternating_seconds(
+    runs: Mapping[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds of every run, each called `repeats` times in turn, so that drifting load meets all of them alike.
+
+    `clock=time.process_time` counts this process's processor time: for one thread on a machine that others use too.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            gc.collect()
+            started = clock()
+            run()
+            seconds[name].append(clock() - started)
+    return seconds
+
+
+def median_ratio(seconds: Mapping[str, Sequence[float]], name: str, base: str) -> float:
+    """Median over the rounds of (seconds of `name`) / (seconds of `base` in the same round)."""
+    return statistics.median(ours / other for ours, other in zip(seconds[name], seconds[base]))
+
+
+def run_child(command: Sequence[str], *, environment: Mapping[str, str] | None = None) -> tuple[str, float, int]:
+    """Run `command`; its stdout, seconds, and peak resident memory in bytes (0 where the system does not tell)."""
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **(environment or {})})
+    assert process.stdout is not None
+    output = process.stdout.read()
+    if not hasattr(os, "wait4"):
+        code, peak = process.wait(), 0
+    else:
+        _, status, usage = os.wait4(process.pid, 0)
+        code = process.returncode = os.waitstatus_to_exitcode(status)
+        peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if code:
+        raise SystemExit(f"{' '.join(command)} ended with code {code}")
+    return output, time.perf_counter() - started, peak
+
+
+def machine() -> str:
+    """Processor and software in one line, for the head of a report."""
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"

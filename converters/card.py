@@ -1,0 +1,98 @@
+"""The model card of an extended model: what was done, what it is worth, how to run it, how to do it again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from longrope_export.converters import recipes
+from longrope_export.scaling import RopeScaling
+
+
+@dataclass(frozen=True)
+class CardContents:
+    """Everything that a card shows; `table` is a header row and rows of cells, all text."""
+
+    name: str
+    scaling: RopeScaling
+    command: str
+    gguf: str | None = None
+    folder: bool = False
+    table: Sequence[Sequence[str]] = ()
+    table_caption: str = ""
+    checks: Sequence[str] = ()
+    lossy: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+def model_card(contents: CardContents) -> str:
+    """The card as Markdown with Hugging Face front matter."""
+    sections = [
+        _front_matter(contents),
+        _headline(contents),
+        _table(contents),
+        _list("Checks", contents.checks),
+        _list("What these files do not carry", contents.lossy),
+        _list("Good to know", contents.notes),
+        _running(contents),
+        _again(contents),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of text cells; the first row is the header, numbers stand right."""
+    header, *body = rows
+    rule = ["---", *("---:" for _ in header[1:])]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *body))
+
+
+def _front_matter(contents: CardContents) -> str:
+    return "---\ntags:\n- longrope\n- long-context\n---"
+
+
+def _headline(contents: CardContents) -> str:
+    scaling = contents.scaling
+    return (
+        f"# {contents.name}\n\n"
+        f"A window of {scaling.original_max_position_embeddings:,} tokens, extended to "
+        f"{scaling.max_position_embeddings:,} ({scaling.factor:g}×) by rescaling the RoPE frequencies; no weight was "
+        "changed. The factors are in the files; `longrope read` shows them."
+    )
+
+
+def _table(contents: CardContents) -> str:
+    if not contents.table:
+        return ""
+    return f"## Before and after\n\n{contents.table_caption}\n\n{markdown_table(contents.table)}"
+
+
+def _list(title: str, lines: Sequence[str]) -> str:
+    return f"## {title}\n\n" + "\n".join(f"- {line}" for line in lines) if lines else ""
+
+
+def _running(contents: CardContents) -> str:
+    blocks = []
+    if contents.folder:
+        blocks.append(("transformers", "python", recipes.transformers_recipe(".", contents.scaling)))
+        blocks.append(("vLLM", "sh", recipes.vllm_recipe(".", contents.scaling)))
+    if contents.gguf:
+        if not contents.folder:
+            blocks.append(("transformers", "python", recipes.gguf_loader_recipe(contents.gguf)))
+        blocks.append(("llama.cpp", "sh", recipes.llama_cpp_recipe(contents.gguf, contents.scaling)))
+        blocks.append(("Ollama", "sh", recipes.ollama_recipe(contents.gguf, contents.scaling)))
+    body = "\n\n".join(f"{title}:\n\n```{language}\n{code}\n```" for title, language, code in blocks)
+    return f"## Running it\n\n{body}"
+
+
+def _again(contents: CardContents) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(contents.versions.items()))
+    provenance = "\n".join(f"- {key}: {_short(value)}" for key, value in contents.scaling.provenance.items())
+    return f"## Making it again\n\n```sh\n{contents.command}\n```\n\n{provenance}\n- versions: {versions}"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 300 else text[:297] + "..."

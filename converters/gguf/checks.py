@@ -1,0 +1,139 @@
+"""Whether a record may be embedded in a GGUF file: refusals that save the user from a file that runs wrongly."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from longrope_export.converters.gguf.scaling_keys import STATIC_TENSOR
+from longrope_export.converters.lossy import gguf_losses, refuse_losses
+from longrope_export.errors import InputFileError, ScalingError, UnsupportedModelError
+from longrope_export.formats.gguf_header import GgufHeader
+from longrope_export.formats.gguf_tensors import read_tensor
+from longrope_export.gguf_architectures import GGUF_ARCHITECTURES, gguf_architecture
+from longrope_export.scaling import RopeScaling, to_float32
+
+LLAMA_CPP_DEFAULT_THETA = 10000.0
+
+
+def check_patchable(header: GgufHeader, scaling: RopeScaling, *, allow_lossy: bool) -> list[str]:
+    """Refuse what cannot work; return the losses that `allow_lossy` permits."""
+    architecture = _architecture(header)
+    _check_unsplit(header)
+    check_architecture(str(header.path), architecture)
+    _check_rotary_dim(header, architecture, scaling)
+    _check_theta(header, architecture, scaling)
+    losses = (
+        gguf_losses(scaling)
+        + _window_losses(header, architecture, scaling)
+        + _composition_losses(header, scaling)
+    )
+    return refuse_losses(str(header.path), losses, allow_lossy=allow_lossy)
+
+
+def existing_factors(header: GgufHeader) -> npt.NDArray[np.float64] | None:
+    """Divisors that the file applies at every length already (Llama-3's `rope_freqs.weight`), or None.
+
+    float64 of shape [rotary_dim // 2]. A record for this file holds total divisors: these times its own.
+    """
+    if header.tensor(STATIC_TENSOR) is None:
+        return None
+    return read_tensor(header, STATIC_TENSOR).astype(np.float64).reshape(-1)
+
+
+def _architecture(header: GgufHeader) -> str:
+    architecture = header.get("general.architecture")
+    if not isinstance(architecture, str) or not architecture:
+        raise InputFileError(
+            f"{header.path} has no general.architecture; it is not a model that llama.cpp can run"
+        )
+    if f"{architecture}.context_length" not in header.metadata or not header.tensors:
+        raise InputFileError(
+            f"{header.path} is not a language model: it has no {architecture}.context_length or no tensors"
+        )
+    return architecture
+
+
+def _check_unsplit(header: GgufHeader) -> None:
+    count = header.get("split.count", 0)
+    if isinstance(count, int) and count > 1:
+        raise UnsupportedModelError(
+            f"{header.path} is one of {count} shards; merge them first: llama-gguf-split --merge FIRST-SHARD MERGED.gguf"
+        )
+
+
+def check_architecture(name: str, architecture: str) -> None:
+    """Raise `UnsupportedModelError` unless llama.cpp rotates `architecture` with long and short factors."""
+    row = gguf_architecture(architecture)
+    if not row.has_rope:
+        raise UnsupportedModelError(f"{name} has no rotary position embeddings (architecture {architecture})")
+    if not row.honours_factors:
+        honouring = ", ".join(
+            sorted(entry.name for entry in GGUF_ARCHITECTURES.values() if entry.honours_factors)
+        )
+        raise UnsupportedModelError(
+            f"{name}: llama.cpp applies no long and short factors in architecture {architecture}; it does in {honouring}"
+        )
+
+
+def _check_rotary_dim(header: GgufHeader, architecture: str, scaling: RopeScaling) -> None:
+    rotary_dim = gguf_rotary_dim(header, architecture)
+    if rotary_dim is None:
+        raise InputFileError(
+            f"{header.path} does not say how many dimensions it rotates; factors cannot be checked"
+        )
+    if rotary_dim != scaling.rotary_dim:
+        raise ScalingError(
+            f"the record has {scaling.rotary_dim // 2} factors, {header.path} needs {rotary_dim // 2} "
+            f"({architecture}.rope.dimension_count is {rotary_dim}); it was made for another model"
+        )
+
+
+def gguf_rotary_dim(header: GgufHeader, architecture: str) -> int | None:
+    """Rotated dimensions per head: the key, or what llama.cpp derives when the key is absent."""
+    keys = ("rope.dimension_count", "attention.key_length", "embedding_length", "attention.head_count")
+    count, head_dim, width, heads = (_integer(header, f"{architecture}.{key}") for key in keys)
+    count = count or head_dim or (width // heads if width and heads else None)
+    return count and count // gguf_architecture(architecture).dimension_count_scale
+
+
+def _integer(header: GgufHeader, key: str) -> int | None:
+    value = header.get(key)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def _check_theta(header: GgufHeader, architecture: str, scaling: RopeScaling) -> None:
+    theta = header.get(f"{architecture}.rope.freq_base", LLAMA_CPP_DEFAULT_THETA)
+    if not isinstance(theta, float) or not 0 < theta < 1e38:
+        raise InputFileError(f"{header.path} has the impossible rope.freq_base {theta!r}")
+    if to_float32(theta) != scaling.rope_theta:
+        raise ScalingError(
+            f"the record is for rope_theta {scaling.rope_theta:g}, {header.path} has {theta:g}; it was made for another model"
+        )
+
+
+def _window_losses(header: GgufHeader, architecture: str, scaling: RopeScaling) -> list[str]:
+    """The record's L must be a length that the file knows: its window, or the one it was extended from."""
+    window = _integer(header, f"{architecture}.context_length")
+    original = _integer(header, f"{architecture}.rope.scaling.original_context_length") or window
+    if scaling.original_max_position_embeddings in (window, original):
+        return []
+    return [
+        f"the record extends a window of {scaling.original_max_position_embeddings}, the file has {original}"
+    ]
+
+
+def _composition_losses(header: GgufHeader, scaling: RopeScaling) -> list[str]:
+    """Total divisors cannot undo half of what the file's own static factors do; then they were not composed."""
+    existing = existing_factors(header)
+    if existing is None:
+        return []
+    if existing.shape != (scaling.rotary_dim // 2,) or not np.all(np.isfinite(existing) & (existing > 0)):
+        raise InputFileError(f"{header.path} has a damaged {STATIC_TENSOR}; download or convert it again")
+    strength = np.log(existing).sum()
+    if strength <= 0 or np.log(np.asarray(scaling.short_factor)).sum() >= 0.5 * strength:
+        return []
+    return [
+        f"the file's own factors ({STATIC_TENSOR}, up to {existing.max():g}) are not in the record's short factors; "
+        "compose them with `longrope extend`"
+    ]

@@ -1,0 +1,36 @@
+"""Encoding single GGUF records: one key-value pair, one row of the tensor table, the head of the file."""
+
+from __future__ import annotations
+
+import struct
+
+from longrope_export.formats.gguf_header import FLOAT32, MAGIC, STRING, UINT32
+
+_HEAD = struct.Struct("<4sIQQ")
+
+
+def encode_head(version: int, tensor_count: int, entry_count: int) -> bytes:
+    """The 24 bytes at the start of a GGUF file."""
+    return _HEAD.pack(MAGIC, version, tensor_count, entry_count)
+
+
+def encode_string(text: str) -> bytes:
+    """Length (u64) and UTF-8 bytes."""
+    raw = text.encode()
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def encode_entry(key: str, value: str | int | float) -> bytes:
+    """One key-value pair: str as STRING, int as UINT32, float as FLOAT32; raises `struct.error` when out of range."""
+    head = encode_string(key)
+    if isinstance(value, str):
+        return head + struct.pack("<I", STRING) + encode_string(value)
+    if isinstance(value, int):
+        return head + struct.pack("<II", UINT32, value)
+    return head + struct.pack("<If", FLOAT32, value)
+
+
+def encode_tensor_info(name: str, shape: tuple[int, ...], ggml_type: int, offset: int) -> bytes:
+    """One row of the tensor table; `shape` in ggml's order (fastest dimension first), `offset` from the data start."""
+    dimensions = struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
+    return encode_string(name) + dimensions + struct.pack("<IQ", ggml_type, offset)

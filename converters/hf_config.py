@@ -1,0 +1,107 @@
+"""A model's config.json with a `RopeScaling` in it, readable for transformers 4 and 5, vLLM and SGLang."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from longrope_export.errors import ScalingError
+from longrope_export.families import FULL, SLIDING, Family, family_for_config, head_dim, rotary_dim
+from longrope_export.formats.hf_config import HfRope, rope_by_layer_type, text_config
+from longrope_export.formats.hf_scaling import RECORD_KEY
+from longrope_export.rope.formulas import longrope_attention_factor
+from longrope_export.scaling import RopeScaling, to_float32
+
+_ORIGINAL = "original_max_position_embeddings"
+
+
+def extended_config(config: Mapping[str, Any], scaling: RopeScaling) -> dict[str, Any]:
+    """Copy of a parsed config.json that carries `scaling`.
+
+    `rope_parameters` and an equal `rope_scaling` stand beside a top-level `rope_theta`: transformers 4, vLLM and
+    mlx-lm read the old names, and transformers 5 takes theta 10,000 when only the old names are there. Raises
+    `UnsupportedModelError` for an unknown family and `ScalingError` when the record belongs to another model.
+    """
+    family = family_for_config(text_config(config).get("model_type"))
+    values = _with_defaults(config, family)
+    ropes, _ = rope_by_layer_type(values, family)
+    _check_record(family, values, ropes[FULL], scaling)
+    changed = _language_part(config)
+    changed.update(_rope_keys(family, ropes, scaling))
+    changed.update(
+        max_position_embeddings=scaling.max_position_embeddings,
+        head_dim=head_dim(family, values),
+        use_cache=True,
+    )
+    # transformers lets a top-level value override the one beside the factors, and vLLM serves no more than it.
+    changed.pop(_ORIGINAL, None)
+    if family.top_level_original:
+        changed[_ORIGINAL] = scaling.original_max_position_embeddings
+    whole = {**config, "text_config": changed} if config.get("text_config") else changed
+    return {**whole, RECORD_KEY: scaling.to_dict()}
+
+
+def window_losses(config: Mapping[str, Any], scaling: RopeScaling) -> list[str]:
+    """One sentence when the record's L is neither the model's window nor the one it was extended from."""
+    family = family_for_config(text_config(config).get("model_type"))
+    values = _with_defaults(config, family)
+    ropes, _ = rope_by_layer_type(values, family)
+    window = values["max_position_embeddings"]
+    if scaling.original_max_position_embeddings in (window, ropes[FULL].parameters.get(_ORIGINAL)):
+        return []
+    return [f"the record extends a window of {scaling.original_max_position_embeddings}, the model has {window}"]
+
+
+def _language_part(config: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(config["text_config"] if config.get("text_config") else config)
+
+
+def _with_defaults(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    text = text_config(config)
+    return {**family.defaults, **{key: value for key, value in text.items() if value is not None}}
+
+
+def _check_record(family: Family, values: Mapping[str, Any], rope: HfRope, scaling: RopeScaling) -> None:
+    dimensions = rotary_dim(family, head_dim(family, values), rope.partial_rotary_factor)
+    if dimensions != scaling.rotary_dim:
+        raise ScalingError(
+            f"the record has {scaling.rotary_dim // 2} factors, the model needs {dimensions // 2}; "
+            "it was made for another model"
+        )
+    if to_float32(rope.rope_theta) != scaling.rope_theta:
+        raise ScalingError(
+            f"the record is for rope_theta {scaling.rope_theta:g}, the model has {rope.rope_theta:g}; "
+            "it was made for another model"
+        )
+
+
+def _rope_keys(family: Family, ropes: Mapping[str, HfRope], scaling: RopeScaling) -> dict[str, Any]:
+    rope = longrope_parameters(scaling)
+    if family.partial_rotary:
+        rope["partial_rotary_factor"] = ropes[FULL].partial_rotary_factor
+    keys = {"rope_parameters": rope, "rope_scaling": dict(rope), "rope_theta": scaling.rope_theta}
+    if family.nested_rope:
+        # transformers merges a flat rope_scaling into full_attention, and ignores a flat rope_parameters.
+        local = dict(ropes[SLIDING].parameters)
+        keys["rope_parameters"] = {FULL: rope, SLIDING: local}
+        keys["rope_local_base_freq"] = ropes[SLIDING].rope_theta
+    return keys
+
+
+def longrope_parameters(scaling: RopeScaling) -> dict[str, Any]:
+    """transformers' `rope_parameters` for the record; every value explicit, because runtimes default differently."""
+    values: dict[str, Any] = {
+        "rope_type": "longrope",
+        "rope_theta": scaling.rope_theta,
+        "factor": scaling.factor,
+        _ORIGINAL: scaling.original_max_position_embeddings,
+        "attention_factor": scaling.long_attention_factor,
+        "long_factor": list(scaling.long_factor),
+        "short_factor": list(scaling.short_factor),
+    }
+    formula = longrope_attention_factor(scaling.factor, scaling.original_max_position_embeddings)
+    if {scaling.long_attention_factor, scaling.short_attention_factor} != {to_float32(formula)}:
+        # vLLM and SGLang read these two, and the formula otherwise; transformers warns and ignores them.
+        values["long_mscale"] = scaling.long_attention_factor
+        values["short_mscale"] = scaling.short_attention_factor
+    return values

@@ -1,0 +1,78 @@
+"""What a target cannot express of a `RopeScaling`: refused unless the user allows it, never dropped silently."""
+
+from __future__ import annotations
+
+from longrope_export.errors import LossyTargetError
+from longrope_export.scaling import RopeScaling
+
+
+def gguf_losses(scaling: RopeScaling) -> list[str]:
+    """What no GGUF runtime will apply of `scaling`, one sentence each."""
+    return (
+        _start_token_losses(scaling, "llama.cpp")
+        + _attention_losses(scaling, "llama.cpp")
+        + _set_losses(scaling)
+    )
+
+
+def hf_losses(scaling: RopeScaling) -> list[str]:
+    """What stock transformers will not apply of `scaling`; `longrope_export.load` applies all of it."""
+    return (
+        _start_token_losses(scaling, "transformers")
+        + _attention_losses(scaling, "transformers")
+        + _set_losses(scaling)
+    )
+
+
+def gguf_notes(scaling: RopeScaling) -> list[str]:
+    """How llama.cpp applies `scaling` differently from transformers although nothing is lost."""
+    window = scaling.original_max_position_embeddings
+    notes = []
+    if not scaling.is_static:
+        notes.append(
+            f"llama.cpp chooses by the allocated context, not by the prompt: any -c above {window} uses the long "
+            "factors for short prompts too"
+        )
+    if window % 256 and not scaling.is_static:
+        notes.append(f"llama.cpp pads -c to a multiple of 256, so -c {window} already uses the long factors")
+    if scaling.max_position_embeddings == window:
+        notes.append(f"the window does not grow beyond {window}, so servers never reach the long factors")
+    if scaling.long_attention_factor != 1.0:
+        notes.append(
+            "keep context shift off (llama.cpp --no-context-shift; it is on in Ollama): a shift multiplies cached keys "
+            "by the attention factor again"
+        )
+    notes.append(
+        "llama.cpp applies these factors since 2026-03-29 (pull request 21150), Ollama since 2026-05-29"
+    )
+    return notes
+
+
+def refuse_losses(target: str, losses: list[str], *, allow_lossy: bool) -> list[str]:
+    """Return `losses` when they are allowed or there are none; raises `LossyTargetError` naming them otherwise."""
+    if losses and not allow_lossy:
+        raise LossyTargetError(
+            f"{target} cannot hold this record: {'; '.join(losses)} (--allow-lossy writes it anyway)"
+        )
+    return losses
+
+
+def _start_token_losses(scaling: RopeScaling, runtime: str) -> list[str]:
+    count = max(scaling.long_start_tokens, scaling.short_start_tokens)
+    return [f"{runtime} will rescale the first {count} positions too (n̂ = {count})"] if count else []
+
+
+def _attention_losses(scaling: RopeScaling, runtime: str) -> list[str]:
+    long, short = scaling.long_attention_factor, scaling.short_attention_factor
+    if long == short:
+        return []
+    return [
+        f"{runtime} will use the long attention factor {long:.6g} in short contexts as well, not {short:.6g}"
+    ]
+
+
+def _set_losses(scaling: RopeScaling) -> list[str]:
+    if not scaling.sets:
+        return []
+    lengths = ", ".join(map(str, scaling.sets))
+    return [f"the further short sets for lengths {lengths} apply in longrope_export.load only"]

@@ -1,0 +1,178 @@
+"""Texts to measure on: files read as UTF-8, tokenised by the model's tokenizer, cut into rows of equal length."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from longrope_export.errors import InputFileError, TextTooShortError
+
+# A larger file is read up to its last line break before this many bytes: that is more text than any run reads.
+MAX_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One row to measure: `token_ids` int64 [length], BOS included, and the file (and piece) that it comes from."""
+
+    name: str
+    token_ids: npt.NDArray[np.int64]
+
+
+def find_text_files(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """Files meant by `paths`: files as they are, folders recursively in the order of their names.
+
+    Hidden files and `__pycache__` are left out of folders. Raises `InputFileError` for a missing path and for a
+    folder without files.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.is_file() and _visible(file, path))
+            if not inside:
+                raise InputFileError(f"{path} holds no text files; name a file or another folder")
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise InputFileError(f"{path} does not exist; name a text file or a folder of them")
+    return found
+
+
+def _visible(file: Path, folder: Path) -> bool:
+    return not any(part.startswith(".") or part == "__pycache__" for part in file.relative_to(folder).parts)
+
+
+def read_text(path: Path) -> str:
+    """Text of a UTF-8 file, up to `MAX_BYTES`; line ends become `\\n`.
+
+    Raises `InputFileError` when the file cannot be read or is not UTF-8 text.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES)
+            if file.read(1):
+                data = data[: data.rfind(b"\n") + 1 or None]
+        text = data.decode("utf-8-sig")
+    except OSError as error:
+        raise InputFileError(f"{path} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise InputFileError(
+            f"{path} is not UTF-8 text (byte {error.start}); convert it or leave it out of the texts"
+        ) from None
+    if "\0" in text:
+        raise InputFileError(f"{path} is a binary file (it has NUL characters); leave it out of the texts")
+    return text.replace("\r\n", "\n")
+
+
+def load_tokenizer(model: str | os.PathLike[str]) -> Any:
+    """Tokenizer of an HF folder or a GGUF file, without loading weights.
+
+    Raises `InputFileError` when the path has no tokenizer that transformers can read.
+    """
+    from transformers import AutoTokenizer
+
+    path = Path(model)
+    if not path.exists():
+        raise InputFileError(f"{path} does not exist; name a model folder or a GGUF file")
+    try:
+        if path.is_file():
+            return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        return AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputFileError(f"{path} has no tokenizer that transformers can read: {reason}") from error
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of `text` as plain text: nothing is added, and `<s>` in the text is three characters, no control."""
+    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"])
+
+
+def bos_ids(tokenizer: Any) -> list[int]:
+    """`[BOS]` when the tokenizer defines a BOS token, else nothing: the start of every row."""
+    return [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+
+
+def evaluation_rows(
+    paths: Sequence[str | os.PathLike[str]], tokenizer: Any, length: int, documents: int | None = None
+) -> list[Row]:
+    """Rows of exactly `length` tokens from text files and folders; see `rows_from_texts`."""
+    return rows_from_texts(((str(path), read_text(path)) for path in find_text_files(paths)), tokenizer, length, documents)
+
+
+def rows_from_texts(
+    texts: Iterable[tuple[str, str]], tokenizer: Any, length: int, documents: int | None = None
+) -> list[Row]:
+    """Rows `[BOS if the tokenizer has one] + tokens`, each exactly `length` tokens, from (name, text) pairs.
+
+    Every text that is long enough gives its beginning, in the given order; when that is fewer than `documents`,
+    second pieces follow in the same order, then third ones: pieces of one text are consecutive and disjoint. Without
+    `documents`, one row per text that is long enough. Texts that are too short are passed over. Raises
+    `TextTooShortError`, naming the longest text and its tokens, when the rows do not suffice.
+    """
+    if length < 2 or (documents is not None and documents < 1):
+        raise TextTooShortError(f"{documents} documents of {length} tokens cannot be measured; ask for at least 1 of 2")
+    bos = bos_ids(tokenizer)
+    body = length - len(bos)
+    pieces: list[list[Row]] = []
+    longest, most = "", -1
+    for name, text in texts:
+        ids = encode(tokenizer, text)
+        if len(ids) > most:
+            longest, most = name, len(ids)
+        pieces.append(list(_pieces(name, ids, bos, body)[:documents]))
+        if documents is not None and sum(1 for rows in pieces if rows) >= documents:
+            break
+    return _enough(_round_robin(pieces, documents), length, documents, longest, most + len(bos))
+
+
+def _pieces(name: str, ids: list[int], bos: list[int], body: int) -> list[Row]:
+    starts = range(0, len(ids) - body + 1, body)
+    return [
+        Row(name if start == 0 else f"{name}#{start // body + 1}", np.array(bos + ids[start : start + body]))
+        for start in starts
+    ]
+
+
+def _round_robin(pieces: list[list[Row]], documents: int | None) -> list[Row]:
+    if documents is None:
+        return [rows[0] for rows in pieces if rows]
+    rounds = max((len(rows) for rows in pieces), default=0)
+    return [rows[turn] for turn in range(rounds) for rows in pieces if turn < len(rows)][:documents]
+
+
+def _enough(rows: list[Row], length: int, documents: int | None, longest: str, most: int) -> list[Row]:
+    if rows and len(rows) >= (documents or 1):
+        return rows
+    if not rows:
+        raise TextTooShortError(
+            f"{longest or 'the data'} has {max(most, 0):,} tokens and is the longest text; {length:,} are needed: "
+            "give a longer text or ask for a shorter length"
+        )
+    raise TextTooShortError(
+        f"the texts hold {len(rows)} pieces of {length:,} tokens and {documents} documents were asked for (the longest is "
+        f"{longest} with {most:,} tokens): give more text or ask for fewer documents"
+    )
+
+
+def data_hash(rows: Sequence[Row]) -> str:
+    """Hex SHA-256 over the rows' token ids: equal exactly when the same tokens are measured in the same order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(len(row.token_ids).to_bytes(8, "little"))
+        digest.update(row.token_ids.astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def iter_ids(rows: Sequence[Row | npt.ArrayLike]) -> Iterator[npt.NDArray[np.int64]]:
+    """Token ids of each row, int64 [length], for `Row`s and for plain lists alike."""
+    for row in rows:
+        yield np.asarray(row.token_ids if isinstance(row, Row) else row, dtype=np.int64)

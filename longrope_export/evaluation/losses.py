@@ -1,0 +1,108 @@
+"""Per-token losses and logits of a causal language model, without a tensor of length × vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from longrope_export.errors import UnsupportedModelError
+
+# Rows of logits are turned into losses in blocks of about this many float32 values, which stay in the processor's cache:
+# at 49,152 tokens of vocabulary that is five times as fast as on whole chunks.
+_BLOCK_VALUES = 1 << 18
+
+# What families do to lm_head's output, by the attribute of their config (transformers' modeling_{granite,cohere,
+# gemma2,gemma3}.py). `check_head` refuses a model whose own logits differ from this.
+LOGIT_RULES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "logits_scaling": lambda logits, value: logits / value,
+    "logit_scale": lambda logits, value: logits * value,
+    "final_logit_softcapping": lambda logits, value: torch.tanh(logits / value) * value,
+}
+
+
+def token_losses(
+    model: nn.Module, input_ids: Tensor, *, chunk: int = 512, positions: Tensor | None = None
+) -> Tensor:
+    """Cross entropy in nats of tokens 2…T of one row, float32 [T-1], from one forward pass of the model's body.
+
+    `input_ids` is int64 [1, T]; `positions` [1, T] replaces 0…T-1 as position ids. lm_head runs on `chunk` positions
+    at a time, so memory does not grow with length × vocabulary, also under autograd (chunks are recomputed in the
+    backward pass).
+    """
+    hidden = body_states(model, input_ids, positions)[0, :-1]
+    targets = input_ids[0, 1:].to(hidden.device)
+    losses = [
+        _chunk_losses(model, states, wanted) for states, wanted in zip(hidden.split(chunk), targets.split(chunk))
+    ]
+    return torch.cat(losses)
+
+
+def body_states(model: nn.Module, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Last hidden states [1, T, hidden] of the model without its lm_head, no cache and no mask but the causal one."""
+    # No attention mask is passed: given one, transformers may materialise [T, T], and SDPA loses its causal kernel.
+    outputs = _body(model)(input_ids=input_ids, position_ids=positions, use_cache=False)
+    states = outputs.last_hidden_state
+    assert isinstance(states, Tensor)
+    return states
+
+
+def _body(model: Any) -> Any:
+    body = model.base_model
+    if body is model or model.get_output_embeddings() is None:
+        raise UnsupportedModelError(f"{type(model).__name__} has no lm_head; give a causal language model")
+    return body
+
+
+def head_logits(model: nn.Module, states: Tensor) -> Tensor:
+    """Logits [n, vocabulary] of hidden states [n, hidden], in the model's dtype, after the family's `LOGIT_RULES`."""
+    lm_head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    logits: Tensor = lm_head(states)
+    for name, rule in LOGIT_RULES.items():
+        value = getattr(model.config, name, None)
+        if value is not None:
+            logits = rule(logits, float(value))  # type: ignore[arg-type]
+    return logits
+
+
+def check_head(model: nn.Module) -> None:
+    """Raise `UnsupportedModelError` when body plus `head_logits` are not the logits that the model itself gives."""
+    ids = torch.tensor([[1, 2, 3]], device=next(model.parameters()).device)
+    with torch.no_grad():
+        own = model(input_ids=ids, use_cache=False).logits[0].float()
+        ours = head_logits(model, body_states(model, ids)[0]).float()
+    if own.shape != ours.shape or (own - ours).abs().max() > 0.02 * own.abs().max():
+        raise UnsupportedModelError(
+            f"{type(model).__name__} changes its logits after lm_head in a way that is not known here; "
+            "its perplexity would be wrong"
+        )
+
+
+def _chunk_losses(model: nn.Module, states: Tensor, targets: Tensor) -> Tensor:
+    if torch.is_grad_enabled() and states.requires_grad:
+        recomputed: Tensor = checkpoint(_losses, model, states, targets, use_reentrant=False)  # type: ignore[no-untyped-call]
+        return recomputed
+    return _losses(model, states, targets)
+
+
+def _losses(model: nn.Module, states: Tensor, targets: Tensor) -> Tensor:
+    logits = head_logits(model, states)
+    rows = max(1, _BLOCK_VALUES // logits.shape[-1])
+    cross_entropy = _differentiable_cross_entropy if logits.requires_grad else _cross_entropy
+    return torch.cat([cross_entropy(*block) for block in zip(logits.split(rows), targets.split(rows))])
+
+
+def _differentiable_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return functional.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    # In place and without the log-probabilities of the other tokens: half the time of functional.cross_entropy.
+    values = logits.float()
+    largest = values.amax(-1, keepdim=True)
+    wanted = values.gather(-1, targets[:, None])
+    return (values.sub_(largest).exp_().sum(-1, keepdim=True).log_() + largest - wanted)[:, 0]

@@ -1,0 +1,172 @@
+"""`extend`: describe → factors → files → proof, each step also a command of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from longrope_export import pipeline
+from longrope_export.description import ModelDescription, describe
+from longrope_export.scaling import RopeScaling
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtendOptions:
+    """Options of `longrope extend`, as on its command line."""
+
+    model: Path
+    to: str
+    out: Path | None = None
+    method: str | None = None
+    short: str | None = None
+    attention_factor: float | None = None
+    data: tuple[Path, ...] = ()
+    strategy: str | None = None
+    budget: str | None = None
+    documents: int | None = None
+    seed: int = 0
+    purpose: str | None = None
+    hf: bool = False
+    gguf: bool | None = None
+    dtype: str = "f16"
+    verify: bool | None = None
+    allow_lossy: bool = False
+    overwrite: bool = False
+    command: str = "longrope extend"
+
+    def __post_init__(self) -> None:
+        if (self.method is None) == (not self.data):
+            raise click.UsageError("give either --method (closed form) or --data (search)")
+        if self.method and (searching := [name for name in ("strategy", "budget", "documents") if getattr(self, name)]):
+            raise click.UsageError(f"--{searching[0]} belongs to a search; --method needs none")
+
+
+def run_extend(options: ExtendOptions, *, report: Report, dry_run: bool = False) -> dict[str, Any]:
+    """Do the main job and return its result, JSON-ready; `report` gets one line per step.
+
+    Raises `LongRopeError` for whatever the user can correct, before heavy work where it can be known then.
+    """
+    description = describe(options.model)
+    target = pipeline.target_length(description, options.to)
+    plan = _output(options, description, target)
+    plan.check_free(overwrite=options.overwrite)
+    result = _header(options, description, target, plan)
+    if dry_run:
+        return result | {"lossy": [], "notes": ["dry run: nothing was written"]}
+    found = _closed_form(options, description, target) if options.method else _searched(options, description, target, plan, report)
+    written = pipeline.write_extended(
+        description,
+        found.scaling,
+        plan,
+        card=_card(options, description, target, found),
+        dtype=options.dtype,
+        allow_lossy=options.allow_lossy,
+        overwrite=options.overwrite,
+        extra_files=found.files,
+    )
+    result |= {"lossy": written.lossy, "notes": written.notes, "scaling": found.scaling.to_dict()}
+    result["run"] = _run_lines(written, found.scaling)
+    if found.table:
+        result["table"] = found.table
+    return result | _verified(options, written, report)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Factors with what is known about them: a table of results and files to ship beside the model."""
+
+    scaling: RopeScaling
+    table: list[list[str]]
+    caption: str = ""
+    files: tuple[Path, ...] = ()
+
+
+def _output(options: ExtendOptions, description: ModelDescription, target: int) -> pipeline.OutputPlan:
+    if description.kind == "gguf":
+        plan = pipeline.plan_output(description, target, options.out, hf=options.hf, gguf=True)
+        searching_to_file = options.data and options.out is None and not options.hf
+        return pipeline.as_folder(plan) if searching_to_file else plan
+    convertible = description.family is not None and description.family.name in pipeline.CONVERTIBLE
+    gguf = convertible if options.gguf is None else options.gguf
+    return pipeline.plan_output(description, target, options.out, hf=True, gguf=gguf)
+
+
+def _header(
+    options: ExtendOptions, description: ModelDescription, target: int, plan: pipeline.OutputPlan
+) -> dict[str, Any]:
+    return {
+        "model": str(options.model),
+        "architecture": description.architecture,
+        "window": description.original_window,
+        "target": target,
+        "method": options.method or options.strategy or "gradient",
+        "output": str(plan.target),
+        "gguf": plan.gguf_name,
+        "hf": plan.hf,
+    }
+
+
+def _closed_form(options: ExtendOptions, description: ModelDescription, target: int) -> Found:
+    assert options.method is not None
+    scaling = pipeline.closed_form_scaling(
+        description,
+        target,
+        options.method,
+        short=options.short,
+        attention_factor=options.attention_factor,
+        gguf=description.kind == "gguf" or options.purpose == "gguf",
+    )
+    return Found(scaling, [])
+
+
+def _searched(
+    options: ExtendOptions,
+    description: ModelDescription,
+    target: int,
+    plan: pipeline.OutputPlan,
+    report: Report,
+) -> Found:
+    raise NotImplementedError
+
+
+def _card(options: ExtendOptions, description: ModelDescription, target: int, found: Found) -> Any:
+    from longrope_export.converters.card import CardContents
+
+    source = Path(description.path)
+    name = source.stem if description.kind == "gguf" else source.resolve().name
+    return CardContents(
+        name=f"{name}-{pipeline.length_name(target)}",
+        scaling=found.scaling,
+        command=options.command,
+        table=found.table,
+        table_caption=found.caption,
+        versions=pipeline.versions(),
+    )
+
+
+def _run_lines(written: pipeline.Written, scaling: RopeScaling) -> list[str]:
+    from longrope_export.converters import recipes
+
+    lines = []
+    if written.gguf:
+        lines += ["", "llama.cpp:", recipes.llama_cpp_recipe(str(written.gguf), scaling)]
+        lines += ["Ollama:", recipes.ollama_recipe(str(written.gguf), scaling)]
+    where = str(written.folder or written.gguf)
+    return [*lines, "transformers:", recipes.gguf_loader_recipe(where)]
+
+
+def _verified(options: ExtendOptions, written: pipeline.Written, report: Report) -> dict[str, Any]:
+    wanted = bool(options.data) if options.verify is None else options.verify
+    if not wanted:
+        return {}
+    from longrope_export.converters.verify import verify
+
+    report("verifying in transformers and llama.cpp")
+    outcome = verify(written.target)
+    return {"verdict": outcome.verdict, "verification": outcome.to_dict()}

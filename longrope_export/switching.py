@@ -1,0 +1,250 @@
+"""Which set a sequence is rotated with, decided for each row by its own length, with a cache that stays exact.
+
+The decision sits in a hook on the decoder (below `generate()`), so hand-written loops and evaluations are covered too.
+"""
+
+from __future__ import annotations
+
+import inspect
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longrope_export.errors import CacheError, ScalingError
+from longrope_export.rotary import Angles, FixedRotary, RotarySet, inverse_frequencies_of
+from longrope_export.scaling import RopeScaling
+from longrope_export.tracked_cache import CachedTokens, TrackedCache, empty_copy, tracked, write_rows
+
+# A rebuild runs in calls of at most this many tokens, or of the longest call that the cache has seen: it needs no
+# more memory than the caller has already spent.
+REBUILD_TOKENS = 512
+
+
+class RotarySets:
+    """The sets of one record, ordered by the length up to which each applies; the last has no end.
+
+    Raises `ScalingError` when `sets` contradicts `short_factor` at the window itself.
+    """
+
+    def __init__(self, scaling: RopeScaling, angles: Angles) -> None:
+        window = scaling.original_max_position_embeddings
+        short = {window: scaling.short_factor}
+        if scaling.sets.get(window, scaling.short_factor) != scaling.short_factor:
+            raise ScalingError(f"sets[{window}] differs from short_factor, which applies up to {window} tokens too")
+        bounded = sorted((short | dict(scaling.sets)).items())
+        self.scaling = scaling
+        self.lengths = [length for length, _ in bounded]
+        self._sets = [
+            self._set(factors, scaling.short_attention_factor, scaling.short_start_tokens, angles)
+            for _, factors in bounded
+        ]
+        self._sets.append(
+            self._set(scaling.long_factor, scaling.long_attention_factor, scaling.long_start_tokens, angles)
+        )
+        self._frequencies = torch.stack([entry.inverse_frequencies for entry in self._sets])
+        self._attention_factors = torch.tensor([entry.attention_factor for entry in self._sets], dtype=torch.float64)
+        self._start_tokens = torch.tensor([entry.start_tokens for entry in self._sets])
+
+    def _set(self, factors: Sequence[float], attention: float, start: int, angles: Angles) -> RotarySet:
+        divisors = torch.tensor(factors, dtype=torch.float32)
+        return RotarySet(inverse_frequencies_of(divisors, self.scaling.rope_theta, angles), attention, start)
+
+    @property
+    def short(self) -> RotarySet:
+        """The set at the window."""
+        return self._sets[self.index(self.scaling.original_max_position_embeddings)]
+
+    @property
+    def long(self) -> RotarySet:
+        """The set beyond every bound."""
+        return self._sets[-1]
+
+    def index(self, length: int) -> int:
+        """Index of the set for a sequence of `length` tokens: the smallest bound that is not below it."""
+        return bisect_left(self.lengths, length)
+
+    def indices(self, lengths: Tensor) -> Tensor:
+        """`index` of every element."""
+        return torch.bucketize(lengths, torch.tensor(self.lengths, device=lengths.device))
+
+    def rows(self, indices: Sequence[int] | Tensor) -> RotarySet:
+        """The sets `indices` ([B] or [B, S]) as one: a plain one when they are all the same."""
+        index = indices.cpu() if isinstance(indices, Tensor) else torch.tensor(indices)
+        first = int(index.flatten()[0])
+        if bool((index == first).all()):
+            return self._sets[first]
+        start: int | Tensor = self._start_tokens[index] if bool(self._start_tokens.any()) else 0
+        return RotarySet(self._frequencies[index], self._attention_factors[index], start)
+
+
+class SequenceSwitch:
+    """A forward pre-hook for the decoder that gives each row the set of its own length.
+
+    Length is the number of tokens without padding, this call included. A row whose set changes has its cache rebuilt
+    once from its token ids before the call. Position ids are not looked at, except that without cache and mask each
+    document of a packed row counts by itself, as transformers isolates it then. Where the mask has padding and no
+    position ids are given, they are derived from the mask, as `generate()` does. Raises `CacheError` where a cache
+    cannot be kept exact.
+    """
+
+    def __init__(self, decoder: nn.Module, rotary: FixedRotary, sets: RotarySets) -> None:
+        self.names = tuple(inspect.signature(decoder.forward).parameters)
+        self.rotary, self.sets = rotary, sets
+        self.rebuilding = False
+
+    def __call__(
+        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self.rebuilding:
+            return None
+        call = dict(zip(self.names, args)) | kwargs
+        ids = call.get("input_ids")
+        source = ids if ids is not None else call.get("inputs_embeds")
+        if source is None:
+            return None  # transformers says what is missing
+        batch, new = source.shape[:2]
+        cache = self._cache(decoder, call, batch)
+        past = 0 if cache is None else cache.get_seq_length()
+        padding, left = _padding(call.get("attention_mask"), batch, past + new)
+        positions = _positions(call, past, new, any(padding), source.device)
+        if cache is None and (documents := _document_lengths(call.get("attention_mask"), positions)) is not None:
+            self.rotary.current = self.sets.rows(self.sets.indices(documents))
+            return (), call
+        indices = [self.sets.index(past + new - pad) for pad in padding]
+        if cache is not None:
+            self._continue(decoder, cache, ids, positions.expand(batch, -1), padding, indices, left)
+        self.rotary.current = self.sets.rows(indices)
+        return (), call
+
+    def done(self, decoder: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook: outside the decoder's forward no set is chosen, so that nobody uses an old one unawares."""
+        if not self.rebuilding:
+            self.rotary.current = None
+
+    def _cache(self, decoder: Any, call: dict[str, Any], batch: int) -> TrackedCache | None:
+        cache = call.get("past_key_values")
+        checkpointing = decoder.training and getattr(decoder, "gradient_checkpointing", False)
+        if cache is not None:
+            if checkpointing:
+                raise CacheError("gradient checkpointing drops the cache; train with use_cache=False")
+            return tracked(cache, self.sets.scaling, batch)
+        wanted = call.get("use_cache")
+        if not (decoder.config.use_cache if wanted is None else wanted) or checkpointing:
+            return None
+        cache = call["past_key_values"] = TrackedCache(config=decoder.config)
+        return cache
+
+    def _continue(
+        self,
+        decoder: nn.Module,
+        cache: TrackedCache,
+        ids: Tensor | None,
+        positions: Tensor,
+        padding: list[int],
+        indices: list[int],
+        left: bool,
+    ) -> None:
+        tokens = CachedTokens(
+            scaling=self.sets.scaling,
+            ids=None if ids is None else ids.clone(),
+            positions=positions,
+            padding=padding,
+            sets=indices,
+            obstacle=None if left else "it has padding on the right or in between; pad on the left",
+            largest_call=positions.shape[1],
+        )
+        if cache.tokens is not None:
+            if not left:
+                raise CacheError("the attention mask has padding on the right or in between; pad on the left")
+            past = cache.tokens.length
+            if cache.tokens.padding != [min(pad, past) for pad in padding]:
+                raise CacheError("the attention mask hides other cached tokens than before; pass the whole mask again")
+            stale = [
+                row
+                for row, (old, now) in enumerate(zip(cache.tokens.sets, indices))
+                if old != now and padding[row] < past
+            ]
+            if stale:
+                self._rebuild(decoder, cache, stale, indices)
+            tokens = cache.tokens.extended(tokens)
+        cache.tokens = tokens
+
+    def _rebuild(self, decoder: nn.Module, cache: TrackedCache, rows: list[int], indices: list[int]) -> None:
+        """Compute the cached keys and values of `rows` again with the sets that they have from now on."""
+        tokens = cache.tokens
+        assert tokens is not None
+        if tokens.ids is None:
+            raise CacheError(
+                f"row {rows[0]} passes {self.sets.lengths[min(tokens.sets[rows[0]], indices[rows[0]])]:,} tokens and its "
+                "cache must be rebuilt, but it was filled from inputs_embeds and the token ids are unknown; "
+                'pass input_ids, or load with switch="context", "short" or "long"'
+            )
+        start = min(tokens.padding[row] for row in rows)
+        ids, positions = tokens.ids[rows, start:], tokens.positions[rows, start:]
+        lead = torch.tensor([[tokens.padding[row] - start] for row in rows], device=ids.device)
+        mask = (torch.arange(ids.shape[1], device=ids.device) >= lead).long() if bool(lead.any()) else None
+        fresh = empty_copy(cache)
+        chosen = self.sets.rows([indices[row] for row in rows])
+        self.rebuilding = True
+        try:
+            self.rotary.current = chosen
+            step = max(REBUILD_TOKENS, tokens.largest_call)
+            for at in range(0, ids.shape[1], step):
+                end = min(at + step, ids.shape[1])
+                decoder(
+                    input_ids=ids[:, at:end],
+                    attention_mask=None if mask is None else mask[:, :end],
+                    position_ids=positions[:, at:end],
+                    past_key_values=fresh,
+                    use_cache=True,
+                )
+        finally:
+            self.rebuilding = False
+        write_rows(cache, rows, fresh)
+
+
+def _padding(mask: Any, batch: int, total: int) -> tuple[list[int], bool]:
+    """Padding slots of each row of a [B, total] mask (none: no padding), and whether all of them stand on the left."""
+    if mask is None:
+        return [0] * batch, True
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        raise CacheError(
+            'the length of each row is unknown under a prepared mask; pass a 2-D attention_mask, or load with switch="context"'
+        )
+    if tuple(mask.shape) != (batch, total):
+        raise CacheError(
+            f"attention_mask is {tuple(mask.shape)}; it must cover the cached tokens and this call: {(batch, total)}"
+        )
+    real = mask.bool()
+    counts = real.sum(1, dtype=torch.long).tolist()
+    left = all(count == total for count in counts) or not bool((real[:, :-1] & ~real[:, 1:]).any())
+    return [total - count for count in counts], left
+
+
+def _positions(call: dict[str, Any], past: int, new: int, padded: bool, device: torch.device) -> Tensor:
+    """The call's position ids [B or 1, new]; where they are missing, those that `generate()` would give, written back."""
+    positions = call.get("position_ids")
+    if positions is None:
+        if padded:
+            positions = (call["attention_mask"].long().cumsum(1) - 1).clamp(min=0)[:, -new:].to(device)
+        else:
+            positions = torch.arange(past, past + new, device=device)[None]
+        call["position_ids"] = positions
+    if not isinstance(positions, Tensor) or positions.ndim != 2:
+        raise CacheError("position_ids must be [rows, tokens]")
+    return positions
+
+
+def _document_lengths(mask: Any, positions: Tensor) -> Tensor | None:
+    """For a packed row the length of each token's document [B, S]; None when no row is packed."""
+    if mask is not None:
+        return None
+    starts = positions.diff(dim=1) != 1
+    if not bool(starts.any()):
+        return None
+    document = torch.nn.functional.pad(starts.long().cumsum(1), (1, 0))
+    counts = torch.zeros_like(document).scatter_add_(1, document, torch.ones_like(document))
+    return counts.gather(1, document)

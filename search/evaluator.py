@@ -1,0 +1,87 @@
+"""Answers trials from the journal where it can, else from the executor, and counts what was measured."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+from longrope_export.search.journal import Journal
+from longrope_export.search.protocol import Executor, Outcome, Strategy, Trial
+from longrope_export.search.space import Candidate
+
+Observer = Callable[[Trial, Outcome, bool], None]
+
+
+class Evaluator:
+    """Asks each distinct trial once: the same candidate on the same document is never measured again.
+
+    `documents` holds the number of documents of each part. `observer(trial, outcome, measured_now)` is told of every
+    distinct trial in the order of the search.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        documents: Mapping[str, int],
+        journal: Journal | None = None,
+        observer: Observer | None = None,
+    ) -> None:
+        self.documents = dict(documents)
+        self.asked: Counter[tuple[str, bool]] = Counter()
+        self._executor = executor
+        self._journal = journal
+        self._observer = observer
+        self._known: dict[Trial, Outcome] = {}
+
+    def evaluate(self, trials: Sequence[Trial]) -> list[Outcome]:
+        """Outcomes of `trials`, in their order; new ones are in the journal before this returns."""
+        fresh = [trial for trial in dict.fromkeys(trials) if trial not in self._known]
+        first = sum(self.asked.values())
+        numbers = {trial: first + index for index, trial in enumerate(fresh)}
+        self.asked.update((trial.part, trial.gradient) for trial in fresh)
+        stored = {trial: self._recorded(number, trial) for trial, number in numbers.items()}
+        measured = self._measure([trial for trial in fresh if stored[trial] is None], numbers)
+        for trial in fresh:
+            self._known[trial] = stored[trial] or measured[trial]
+            if self._observer and stored[trial]:
+                self._observer(trial, self._known[trial], False)
+        return [self._known[trial] for trial in trials]
+
+    def mean_losses(
+        self, candidates: Sequence[Candidate], part: str, documents: int | None = None
+    ) -> list[float]:
+        """Mean loss of each candidate over the first `documents` documents (all of them when None) of a part."""
+        count = self.documents[part] if documents is None else documents
+        outcomes = self.evaluate([Trial(each, part, index) for each in candidates for index in range(count)])
+        return mean_by_candidate(outcomes, count)
+
+    def run(self, strategy: Strategy) -> None:
+        """Serve `strategy` until it asks nothing more."""
+        while trials := strategy.ask():
+            strategy.tell(self.evaluate(trials))
+
+    def _recorded(self, number: int, trial: Trial) -> Outcome | None:
+        return self._journal.recorded(number, trial) if self._journal else None
+
+    def _measure(self, trials: Sequence[Trial], numbers: Mapping[Trial, int]) -> dict[Trial, Outcome]:
+        results: dict[Trial, Outcome] = {}
+        started = time.perf_counter()
+        for index, outcome in self._executor.run(trials) if trials else ():
+            trial, now = trials[index], time.perf_counter()
+            if self._journal:
+                self._journal.append(numbers[trial], trial, outcome, now - started)
+            started = now
+            results[trial] = outcome
+            if self._observer:
+                self._observer(trial, outcome, True)
+        return results
+
+
+def mean_by_candidate(outcomes: Sequence[Outcome], documents: int) -> list[float]:
+    """Means of consecutive groups of `documents` losses; inf where one is not finite."""
+    return [
+        math.fsum(outcome.loss for outcome in outcomes[start : start + documents]) / documents
+        for start in range(0, len(outcomes), documents)
+    ]

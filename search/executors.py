@@ -1,0 +1,18 @@
+"""Where trials run. One process for now; a pool or Ray is another class with the same one method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from longrope_export.search.protocol import Objective, Outcome, Trial
+
+
+class InProcess:
+    """Runs trials one after the other on a resident objective."""
+
+    def __init__(self, objective: Objective) -> None:
+        self._objective = objective
+
+    def run(self, trials: Sequence[Trial]) -> Iterator[tuple[int, Outcome]]:
+        for index, trial in enumerate(trials):
+            yield index, self._objective.measure(trial)

@@ -1,0 +1,68 @@
+"""The three small protocols of a search: a strategy asks, an executor runs, an objective measures.
+
+Any strategy works with any executor and any objective. The unit of all three is a `Trial`: one candidate on one
+document. Strategies never see the clock, the executor or the order of arrival, so a seeded search has one result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from longrope_export.search.space import Candidate
+
+SEARCH = "search"
+VALIDATION = "validation"
+SHORT_SEARCH = "short-search"
+SHORT_VALIDATION = "short-validation"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A question: the loss of `candidate` on a document of a part, and its gradient if asked for."""
+
+    candidate: Candidate
+    part: str
+    document: int
+    gradient: bool = False
+
+    def to_json(self) -> list[Any]:
+        """JSON-ready form, by which trials are compared."""
+        return [self.part, self.document, self.gradient, self.candidate.to_json()]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """An answer: mean cross entropy in nats per token (inf where not finite), and d loss / d (log λ …, log attention)."""
+
+    loss: float
+    gradient: tuple[float, ...] | None = None
+
+
+class Objective(Protocol):
+    """Measures one trial."""
+
+    def measure(self, trial: Trial) -> Outcome: ...
+
+
+class Executor(Protocol):
+    """Runs trials anywhere and in any order; yields (index in `trials`, outcome) as they finish."""
+
+    def run(self, trials: Sequence[Trial]) -> Iterator[tuple[int, Outcome]]: ...
+
+
+class Strategy(Protocol):
+    """Proposes trials until it is finished."""
+
+    def ask(self) -> list[Trial]:
+        """The next trials, in (candidate, document) order; empty when the strategy is finished."""
+        ...
+
+    def tell(self, outcomes: Sequence[Outcome]) -> None:
+        """The outcomes of the trials asked last, in their order."""
+        ...
+
+    def finalists(self) -> list[Candidate]:
+        """Candidates for the final choice on the validation documents, the one expected to be best first."""
+        ...

@@ -1,0 +1,195 @@
+"""What is searched: a `Candidate`, the numbers of the model that it is for, and the paper's grid of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from longrope_export.errors import ScalingError
+from longrope_export.rope.methods import Factors, compose, method_factors
+from longrope_export.scaling import RopeScaling, to_float32
+
+Genes = npt.NDArray[np.int64]
+
+# LongRoPE, arXiv 2402.13753, table 4: the values of n̂.
+START_TOKENS = (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One set of rescale factors λ, relative to what the model has now, with its attention factor and n̂.
+
+    All reals are rounded to float32 on construction, so that what is measured is what a file will hold.
+    """
+
+    factors: tuple[float, ...]
+    attention_factor: float = 1.0
+    start_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "factors", tuple(to_float32(value) for value in self.factors))
+        object.__setattr__(self, "attention_factor", to_float32(self.attention_factor))
+
+    def to_json(self) -> list[Any]:
+        """JSON-ready `[factors, attention factor, n̂]`."""
+        return [list(self.factors), self.attention_factor, self.start_tokens]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeNumbers:
+    """What a search must know of the model: base, rotary dimension, window L, target L', and its present factors.
+
+    Raises `ScalingError` when the window does not grow.
+    """
+
+    rope_theta: float
+    rotary_dim: int
+    window: int
+    target: int
+    base_factors: tuple[float, ...] = ()
+    base_attention_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.target <= self.window:
+            raise ScalingError(
+                f"the window would go from {self.window:,} to {self.target:,} tokens; give a length above {self.window:,}"
+            )
+        if not self.base_factors:
+            object.__setattr__(self, "base_factors", (1.0,) * self.pairs)
+
+    @property
+    def pairs(self) -> int:
+        """d/2."""
+        return self.rotary_dim // 2
+
+    @property
+    def scale(self) -> float:
+        """s = L'/L."""
+        return self.target / self.window
+
+    @property
+    def existing(self) -> Factors:
+        """The set that the model applies now."""
+        return Factors(np.array(self.base_factors, dtype=np.float64), self.base_attention_factor)
+
+    def unchanged(self) -> Candidate:
+        """The candidate that leaves the model as it is."""
+        return Candidate((1.0,) * self.pairs)
+
+    def total_factors(self, candidate: Candidate) -> tuple[float, ...]:
+        """Total divisors of the unscaled frequencies, float32: the candidate times what the model has now."""
+        product = compose(self.existing.factors, np.array(candidate.factors, dtype=np.float64))
+        return tuple(to_float32(float(value)) for value in product)
+
+    def total_attention_factor(self, candidate: Candidate) -> float:
+        """The number that multiplies cos and sin, float32."""
+        return to_float32(candidate.attention_factor * self.base_attention_factor)
+
+    def record(self, long: Candidate, short: Candidate, provenance: Mapping[str, Any]) -> RopeScaling:
+        """The scaling record of a long and a short candidate."""
+        return RopeScaling(
+            rope_theta=self.rope_theta,
+            rotary_dim=self.rotary_dim,
+            original_max_position_embeddings=self.window,
+            max_position_embeddings=self.target,
+            long_factor=self.total_factors(long),
+            short_factor=self.total_factors(short),
+            long_attention_factor=self.total_attention_factor(long),
+            short_attention_factor=self.total_attention_factor(short),
+            long_start_tokens=long.start_tokens,
+            short_start_tokens=short.start_tokens,
+            provenance=provenance,
+        )
+
+
+def closed_form(name: str, numbers: RopeNumbers, attention_factor: float | None = None) -> Candidate:
+    """The candidate of a closed-form method, on top of what the model has; its own attention factor unless given.
+
+    Raises `ScalingError` for an unknown method or a model that it cannot serve.
+    """
+    result = method_factors(
+        name,
+        rope_theta=numbers.rope_theta,
+        rotary_dim=numbers.rotary_dim,
+        original_max_position_embeddings=numbers.window,
+        max_position_embeddings=numbers.target,
+        existing=numbers.existing,
+        attention_factor=attention_factor,
+    )
+    return Candidate(tuple(result.factors.tolist()), result.attention_factor)
+
+
+@dataclass(frozen=True)
+class Individual:
+    """A point of the grid: λ_i = 1 + genes[i] · step, and the value of n̂."""
+
+    genes: tuple[int, ...]
+    start_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class PaperSpace:
+    """LongRoPE's search space (table 4): λ in 1…`bound` by `step`, non-decreasing over the pairs, and n̂ from a list.
+
+    Every operation keeps λ non-decreasing by construction or by sorting, so none is ever drawn in vain: the released
+    code's rejection loop needs 26 to 122 sweeps for one mutant.
+    """
+
+    pairs: int
+    bound: float
+    step: float = 0.01
+    start_tokens: tuple[int, ...] = START_TOKENS
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.step) and self.step > 0.0):
+            raise ScalingError(f"the grid's step is {self.step}; it must be greater than 0")
+        if not (math.isfinite(self.bound) and self.bound >= 1.0 + self.step):
+            raise ScalingError(f"the bound is {self.bound}; it must be at least 1 + step = {1.0 + self.step}")
+        if not self.start_tokens or min(self.start_tokens) < 0:
+            raise ScalingError("the list of start tokens must hold at least one number, none below 0")
+
+    @property
+    def top(self) -> int:
+        """Largest gene."""
+        return math.floor((self.bound - 1.0) / self.step + 1e-9)
+
+    def candidate(self, individual: Individual, attention_factor: float) -> Candidate:
+        """λ, attention factor and n̂ of a grid point."""
+        factors = tuple(1.0 + gene * self.step for gene in individual.genes)
+        return Candidate(factors, attention_factor, individual.start_tokens)
+
+    def nearest(self, factors: Sequence[float]) -> Individual:
+        """The grid point next to `factors`, clipped to the bounds and made non-decreasing by a running maximum."""
+        genes = np.rint((np.asarray(factors, dtype=np.float64) - 1.0) / self.step).astype(np.int64)
+        return _individual(np.maximum.accumulate(np.clip(genes, 0, self.top)), self.start_tokens[0])
+
+    def mutate(self, parent: Individual, probability: float, generator: np.random.Generator) -> Individual:
+        """Redraw each gene with `probability`, uniformly between its neighbours' present values; n̂ from its list.
+
+        Pairs are visited in random order: visited from the fastest on, a flat run of ones could only move at its end.
+        """
+        genes = np.array([0, *parent.genes, self.top], dtype=np.int64)
+        chosen = generator.random(self.pairs) < probability
+        for pair in generator.permutation(self.pairs):
+            if chosen[pair]:
+                genes[pair + 1] = generator.integers(genes[pair], genes[pair + 2], endpoint=True)
+        start = parent.start_tokens
+        if generator.random() < probability:
+            start = self.start_tokens[int(generator.integers(len(self.start_tokens)))]
+        return _individual(genes[1:-1], start)
+
+    def cross(self, first: Individual, second: Individual, generator: np.random.Generator) -> Individual:
+        """Take each gene and n̂ from either parent; sorting then keeps every λ between its two parents'."""
+        of_first = generator.random(self.pairs) < 0.5
+        genes = np.sort(np.where(of_first, first.genes, second.genes))
+        start = first.start_tokens if generator.random() < 0.5 else second.start_tokens
+        return _individual(genes, start)
+
+
+def _individual(genes: Genes, start_tokens: int) -> Individual:
+    return Individual(tuple(int(gene) for gene in genes), start_tokens)

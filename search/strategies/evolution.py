@@ -1,0 +1,139 @@
+"""LongRoPE's evolution search, Algorithm 1 of arXiv 2402.13753."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from longrope_export.errors import ScalingError
+from longrope_export.search.evaluator import mean_by_candidate
+from longrope_export.search.protocol import SEARCH, Outcome, Trial
+from longrope_export.search.space import Candidate, Individual, PaperSpace
+
+# Draws of a child that was seen before, until the child is given up: only a nearly exhausted grid comes to this.
+_DRAWS = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvolutionOptions:
+    """Algorithm 1's sizes: P, T, N1, N2, k and p. In full they cost P + T (N1 + N2) = 1,344 evaluations.
+
+    Raises `ScalingError` when one of them is out of range.
+    """
+
+    population: int = 64
+    iterations: int = 40
+    mutations: int = 16
+    crossovers: int = 16
+    parents: int = 32
+    mutation_probability: float = 0.3
+
+    def __post_init__(self) -> None:
+        for name, least in (("population", 1), ("iterations", 0), ("mutations", 0), ("crossovers", 0), ("parents", 2)):
+            if getattr(self, name) < least:
+                raise ScalingError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if not 0.0 < self.mutation_probability <= 1.0:
+            raise ScalingError(f"the mutation probability is {self.mutation_probability}; it must be above 0, at most 1")
+
+    @property
+    def evaluations(self) -> int:
+        """Evaluations of a full run."""
+        return self.population + self.iterations * (self.mutations + self.crossovers)
+
+
+class Evolution:
+    """Algorithm 1: seeds and their mutants, then per iteration N1 mutants and N2 crossovers of the best k so far.
+
+    `seeds` become the nearest grid points. One evaluation is one candidate on all `documents` of `part`; after
+    `evaluations` of them it stops wherever it is. A candidate is never proposed twice.
+    """
+
+    def __init__(
+        self,
+        space: PaperSpace,
+        seeds: Sequence[Candidate],
+        options: EvolutionOptions,
+        *,
+        documents: int,
+        evaluations: int,
+        attention_factor: float,
+        generator: np.random.Generator,
+        part: str = SEARCH,
+    ) -> None:
+        self._space, self._options, self._generator = space, options, generator
+        self._seeds = [space.nearest(seed.factors) for seed in seeds]
+        self._documents, self._part, self._attention = documents, part, attention_factor
+        self._left = evaluations
+        self._iteration = 0
+        self._asked: list[Individual] = []
+        self._seen: set[Individual] = set()
+        self._told = 0
+        self._scored: list[tuple[float, int, Individual]] = []
+        self.history: list[float] = []
+
+    def ask(self) -> list[Trial]:
+        """All trials of the next generation."""
+        if self._iteration > self._options.iterations or self._left <= 0:
+            return []
+        proposed = self._children() if self._scored else self._first_population()
+        self._asked = proposed[: self._left]
+        return [
+            Trial(self._candidate(individual), self._part, document)
+            for individual in self._asked
+            for document in range(self._documents)
+        ]
+
+    def tell(self, outcomes: Sequence[Outcome]) -> None:
+        """Rank the generation among the best k so far; the earlier one wins a tie."""
+        losses = mean_by_candidate(outcomes, self._documents)
+        scored = [(loss, self._told + index, each) for index, (loss, each) in enumerate(zip(losses, self._asked))]
+        self._told += len(scored)
+        self._scored = sorted(self._scored + scored)[: self._options.parents]
+        self._left -= len(self._asked)
+        self._iteration += 1
+        self.history.append(self._scored[0][0] if self._scored else math.inf)
+
+    def finalists(self) -> list[Candidate]:
+        """The candidate with the lowest loss on the search documents."""
+        return [self._candidate(self._scored[0][2])] if self._scored else []
+
+    def _candidate(self, individual: Individual) -> Candidate:
+        return self._space.candidate(individual, self._attention)
+
+    def _first_population(self) -> list[Individual]:
+        population = [individual for seed in self._seeds if (individual := self._new(lambda seed=seed: seed))]
+        while len(population) < self._options.population:
+            if not (mutant := self._new(lambda: self._mutant(self._seeds))):
+                break
+            population.append(mutant)
+        return population[: self._options.population]
+
+    def _children(self) -> list[Individual]:
+        parents = [individual for _, _, individual in self._scored]
+        mutants = (self._new(lambda: self._mutant(parents)) for _ in range(self._options.mutations))
+        children = [each for each in mutants if each]
+        crossed = (self._new(lambda: self._crossover(parents)) for _ in range(self._options.crossovers))
+        return children + [each for each in crossed if each]
+
+    def _mutant(self, parents: Sequence[Individual]) -> Individual:
+        parent = parents[int(self._generator.integers(len(parents)))]
+        return self._space.mutate(parent, self._options.mutation_probability, self._generator)
+
+    def _crossover(self, parents: Sequence[Individual]) -> Individual:
+        if len(parents) < 2:
+            return self._mutant(parents)
+        first, second = self._generator.choice(len(parents), size=2, replace=False)
+        child = self._space.cross(parents[int(first)], parents[int(second)], self._generator)
+        # Two parents that are alike have no new child: it is moved on instead of being measured again.
+        return self._space.mutate(child, self._options.mutation_probability, self._generator) if child in self._seen else child
+
+    def _new(self, draw: Callable[[], Individual]) -> Individual | None:
+        for _ in range(_DRAWS):
+            individual = draw()
+            if individual not in self._seen:
+                self._seen.add(individual)
+                return individual
+        return None

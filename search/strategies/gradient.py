@@ -1,0 +1,200 @@
+"""First-order descent on log λ, and on the log of the attention factor, through the frozen model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from longrope_export.errors import NumericalError, ScalingError
+from longrope_export.search.evaluator import mean_by_candidate
+from longrope_export.search.protocol import SEARCH, VALIDATION, Outcome, Trial
+from longrope_export.search.space import Candidate
+
+Array = npt.NDArray[np.float64]
+Constraint = Literal["none", "monotone", "paper"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientOptions:
+    """How the descent moves; `None` for `documents_per_step` takes more documents a step as the budget grows.
+
+    Raises `ScalingError` when one is out of range.
+    """
+
+    learning_rate: float = 0.08
+    attention_rate: float = 0.25
+    warm_up: float = 0.1
+    trust_region: float = 0.15
+    average: float = 0.3
+    patience: int = 3
+    documents_per_step: int | None = None
+    constraint: Constraint = "none"
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "trust_region"):
+            _check(name, getattr(self, name), getattr(self, name) > 0.0, "above 0")
+        _check("attention_rate", self.attention_rate, self.attention_rate >= 0.0, "at least 0")
+        _check("warm_up", self.warm_up, 0.0 <= self.warm_up < 1.0, "from 0 to below 1")
+        _check("average", self.average, 0.0 <= self.average <= 1.0, "from 0 to 1")
+        _check("patience", self.patience, self.patience >= 1, "at least 1")
+        per_step = self.documents_per_step
+        _check("documents_per_step", per_step, per_step is None or per_step >= 1, "at least 1")
+        if self.constraint not in get_args(Constraint):
+            raise ScalingError(f"the constraint is {self.constraint!r}; choose {', '.join(get_args(Constraint))}")
+
+
+def _check(name: str, value: object, right: bool, wanted: str) -> None:
+    if not right:
+        raise ScalingError(f"{name} is {value}; it must be {wanted}")
+
+
+@dataclass(frozen=True)
+class Descent:
+    """The plan of one descent: how many steps, documents a step, and how often it is validated."""
+
+    steps: int
+    documents_per_step: int
+    checkpoints: int
+
+
+class GradientDescent:
+    """Adam on (log λ …, log attention), with warm-up, cosine decay to zero, a trust region, and averaged iterates.
+
+    Each step takes the next documents of a seeded shuffle. At `checkpoints` evenly spaced steps the average of the
+    last iterates is measured on the validation documents; after `patience` of them without a better one it stops.
+    `bound` is the largest λ of the constraint "paper".
+    """
+
+    def __init__(
+        self,
+        start: Candidate,
+        options: GradientOptions,
+        plan: Descent,
+        *,
+        learn_attention: bool,
+        documents: int,
+        validation_documents: int,
+        bound: float,
+        generator: np.random.Generator,
+        parts: tuple[str, str] = (SEARCH, VALIDATION),
+    ) -> None:
+        self._options, self._plan, self._bound = options, plan, bound
+        self._start_tokens = start.start_tokens
+        self._position = np.log([*start.factors, start.attention_factor])
+        self._rates = np.append(np.ones(len(start.factors)), options.attention_rate if learn_attention else 0.0)
+        self._project()
+        self._adam = _Adam(len(self._position))
+        self._order = _endless_shuffle(documents, generator)
+        self._documents, self._validation, self._parts = documents, validation_documents, parts
+        self._step = 0
+        self._path: list[Array] = []
+        self._checkpoint: Candidate | None = None
+        self._checkpoints: list[tuple[float, Candidate]] = []
+        self.history: list[float] = []
+
+    def ask(self) -> list[Trial]:
+        """A step's gradients, or a checkpoint's validation losses."""
+        if self._checkpoint:
+            return [Trial(self._checkpoint, self._parts[1], index) for index in range(self._validation)]
+        if self._step >= self._plan.steps or self._stalled():
+            return []
+        here = self._candidate(self._position)
+        documents = [next(self._order) for _ in range(self._plan.documents_per_step)]
+        return [Trial(here, self._parts[0], document, gradient=True) for document in documents]
+
+    def tell(self, outcomes: Sequence[Outcome]) -> None:
+        """Move, or note the checkpoint."""
+        if self._checkpoint:
+            (loss,) = mean_by_candidate(outcomes, self._validation)
+            self._checkpoints.append((loss, self._checkpoint))
+            self._checkpoint = None
+            return
+        self.history.append(math.fsum(outcome.loss for outcome in outcomes) / len(outcomes))
+        self._move(_mean_gradient(outcomes))
+        self._path.append(self._position.copy())
+        self._step += 1
+        if self._step in self._checkpoint_steps():
+            self._checkpoint = self._candidate(self._averaged())
+
+    def finalists(self) -> list[Candidate]:
+        """The averaged iterates at the checkpoints and the last iterate, latest first."""
+        last = [self._candidate(self._position)] if self._path else []
+        return list(dict.fromkeys([candidate for _, candidate in reversed(self._checkpoints)] + last))
+
+    def _move(self, gradient: Array) -> None:
+        progress = (self._step + 1) / max(1.0, self._options.warm_up * self._plan.steps)
+        decay = 0.5 * (1.0 + math.cos(math.pi * self._step / self._plan.steps))
+        rate = self._options.learning_rate * min(1.0, progress) * decay
+        change = -rate * self._rates * self._adam.direction(gradient)
+        self._position += np.clip(change, -self._options.trust_region, self._options.trust_region)
+        self._project()
+
+    def _project(self) -> None:
+        if self._options.constraint != "none":
+            self._position[:-1] = isotonic(self._position[:-1])
+        if self._options.constraint == "paper":
+            self._position[:-1] = np.clip(self._position[:-1], 0.0, math.log(self._bound))
+
+    def _averaged(self) -> Array:
+        count = max(1, round(self._options.average * len(self._path)))
+        return np.asarray(np.mean(self._path[-count:], axis=0))
+
+    def _candidate(self, position: Array) -> Candidate:
+        values = np.exp(position).tolist()
+        return Candidate(tuple(values[:-1]), values[-1], self._start_tokens)
+
+    def _checkpoint_steps(self) -> set[int]:
+        count = self._plan.checkpoints
+        return {round(self._plan.steps * (index + 1) / count) for index in range(count)}
+
+    def _stalled(self) -> bool:
+        losses = [loss for loss, _ in self._checkpoints]
+        patience = self._options.patience
+        return len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])
+
+
+class _Adam:
+    """Adam's direction with bias correction (arXiv 1412.6980); β₂ = 0.99 because there are few steps."""
+
+    def __init__(self, size: int, beta1: float = 0.9, beta2: float = 0.99) -> None:
+        self._first, self._second = np.zeros(size), np.zeros(size)
+        self._betas, self._count = (beta1, beta2), 0
+
+    def direction(self, gradient: Array) -> Array:
+        beta1, beta2 = self._betas
+        self._count += 1
+        self._first = beta1 * self._first + (1.0 - beta1) * gradient
+        self._second = beta2 * self._second + (1.0 - beta2) * gradient**2
+        first = self._first / (1.0 - beta1**self._count)
+        second = self._second / (1.0 - beta2**self._count)
+        return np.asarray(first / (np.sqrt(second) + 1e-12))
+
+
+def isotonic(values: Array) -> Array:
+    """The nearest non-decreasing sequence in least squares (pool adjacent violators)."""
+    pools: list[tuple[float, int]] = []
+    for value in values.tolist():
+        pools.append((value, 1))
+        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+            (right, many), (left, more) = pools.pop(), pools.pop()
+            pools.append(((right * many + left * more) / (many + more), many + more))
+    return np.array([mean for mean, count in pools for _ in range(count)])
+
+
+def _mean_gradient(outcomes: Sequence[Outcome]) -> Array:
+    gradients = np.array([outcome.gradient for outcome in outcomes], dtype=np.float64)
+    if not np.isfinite(gradients).all():
+        raise NumericalError(
+            "the gradient is NaN or infinite; lower --learning-rate, or use --dtype float32 or --strategy evolution"
+        )
+    return np.asarray(gradients.mean(axis=0))
+
+
+def _endless_shuffle(count: int, generator: np.random.Generator) -> Iterator[int]:
+    while True:
+        yield from (int(index) for index in generator.permutation(count))

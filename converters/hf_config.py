@@ -1,8 +1,9 @@
-"""A model's config.json with a `RopeScaling` in it, readable for transformers 4 and 5, vLLM and SGLang."""
+"""A model's config.json, and the same with a `RopeScaling` in it: for transformers 4 and 5, vLLM and SGLang."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from longrope_export.errors import ScalingError
@@ -15,6 +16,59 @@ from longrope_export.scaling import RopeScaling, to_float32
 _ORIGINAL = "original_max_position_embeddings"
 
 
+@dataclass(frozen=True)
+class LanguageModel:
+    """What config.json says of the language model: `values` with the family's defaults, and its RoPE by layer type."""
+
+    family: Family
+    values: Mapping[str, Any]
+    ropes: Mapping[str, HfRope]
+
+    @property
+    def rope(self) -> HfRope:
+        """RoPE of the layers that attend to everything."""
+        return self.ropes[FULL]
+
+    @property
+    def head_dim(self) -> int:
+        """Values per attention head."""
+        return head_dim(self.family, self.values)
+
+    @property
+    def rotary_dim(self) -> int:
+        """Rotated values per head."""
+        return rotary_dim(self.family, self.head_dim, self.rope.partial_rotary_factor)
+
+    def check_record(self, scaling: RopeScaling) -> None:
+        """Raise `ScalingError` when the record was made for another number of pairs or another base."""
+        if self.rotary_dim != scaling.rotary_dim:
+            raise ScalingError(
+                f"the record has {scaling.rotary_dim // 2} factors, the model needs {self.rotary_dim // 2}; "
+                "it was made for another model"
+            )
+        if to_float32(self.rope.rope_theta) != scaling.rope_theta:
+            raise ScalingError(
+                f"the record is for rope_theta {scaling.rope_theta:g}, the model has {self.rope.rope_theta:g}; "
+                "it was made for another model"
+            )
+
+    def window_losses(self, scaling: RopeScaling) -> list[str]:
+        """One sentence when the record's L is neither the model's window nor the one it was extended from."""
+        window = self.values["max_position_embeddings"]
+        if scaling.original_max_position_embeddings in (window, self.rope.parameters.get(_ORIGINAL)):
+            return []
+        return [f"the record extends a window of {scaling.original_max_position_embeddings}, the model has {window}"]
+
+
+def language_model(config: Mapping[str, Any]) -> LanguageModel:
+    """Read a parsed config.json; raises `UnsupportedModelError` for an unknown family, `InputFileError` for bad values."""
+    text = text_config(config)
+    family = family_for_config(text.get("model_type"))
+    values = {**family.defaults, **{key: value for key, value in text.items() if value is not None}}
+    ropes, _ = rope_by_layer_type(values, family)
+    return LanguageModel(family, values, ropes)
+
+
 def extended_config(config: Mapping[str, Any], scaling: RopeScaling) -> dict[str, Any]:
     """Copy of a parsed config.json that carries `scaling`.
 
@@ -22,69 +76,28 @@ def extended_config(config: Mapping[str, Any], scaling: RopeScaling) -> dict[str
     mlx-lm read the old names, and transformers 5 takes theta 10,000 when only the old names are there. Raises
     `UnsupportedModelError` for an unknown family and `ScalingError` when the record belongs to another model.
     """
-    family = family_for_config(text_config(config).get("model_type"))
-    values = _with_defaults(config, family)
-    ropes, _ = rope_by_layer_type(values, family)
-    _check_record(family, values, ropes[FULL], scaling)
-    changed = _language_part(config)
-    changed.update(_rope_keys(family, ropes, scaling))
-    changed.update(
-        max_position_embeddings=scaling.max_position_embeddings,
-        head_dim=head_dim(family, values),
-        use_cache=True,
-    )
+    model = language_model(config)
+    model.check_record(scaling)
+    changed = dict(config["text_config"] if config.get("text_config") else config)
+    changed.update(_rope_keys(model, scaling))
+    changed.update(max_position_embeddings=scaling.max_position_embeddings, head_dim=model.head_dim, use_cache=True)
     # transformers lets a top-level value override the one beside the factors, and vLLM serves no more than it.
     changed.pop(_ORIGINAL, None)
-    if family.top_level_original:
+    if model.family.top_level_original:
         changed[_ORIGINAL] = scaling.original_max_position_embeddings
     whole = {**config, "text_config": changed} if config.get("text_config") else changed
     return {**whole, RECORD_KEY: scaling.to_dict()}
 
 
-def window_losses(config: Mapping[str, Any], scaling: RopeScaling) -> list[str]:
-    """One sentence when the record's L is neither the model's window nor the one it was extended from."""
-    family = family_for_config(text_config(config).get("model_type"))
-    values = _with_defaults(config, family)
-    ropes, _ = rope_by_layer_type(values, family)
-    window = values["max_position_embeddings"]
-    if scaling.original_max_position_embeddings in (window, ropes[FULL].parameters.get(_ORIGINAL)):
-        return []
-    return [f"the record extends a window of {scaling.original_max_position_embeddings}, the model has {window}"]
-
-
-def _language_part(config: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(config["text_config"] if config.get("text_config") else config)
-
-
-def _with_defaults(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    text = text_config(config)
-    return {**family.defaults, **{key: value for key, value in text.items() if value is not None}}
-
-
-def _check_record(family: Family, values: Mapping[str, Any], rope: HfRope, scaling: RopeScaling) -> None:
-    dimensions = rotary_dim(family, head_dim(family, values), rope.partial_rotary_factor)
-    if dimensions != scaling.rotary_dim:
-        raise ScalingError(
-            f"the record has {scaling.rotary_dim // 2} factors, the model needs {dimensions // 2}; "
-            "it was made for another model"
-        )
-    if to_float32(rope.rope_theta) != scaling.rope_theta:
-        raise ScalingError(
-            f"the record is for rope_theta {scaling.rope_theta:g}, the model has {rope.rope_theta:g}; "
-            "it was made for another model"
-        )
-
-
-def _rope_keys(family: Family, ropes: Mapping[str, HfRope], scaling: RopeScaling) -> dict[str, Any]:
+def _rope_keys(model: LanguageModel, scaling: RopeScaling) -> dict[str, Any]:
     rope = longrope_parameters(scaling)
-    if family.partial_rotary:
-        rope["partial_rotary_factor"] = ropes[FULL].partial_rotary_factor
+    if model.family.partial_rotary:
+        rope["partial_rotary_factor"] = model.rope.partial_rotary_factor
     keys = {"rope_parameters": rope, "rope_scaling": dict(rope), "rope_theta": scaling.rope_theta}
-    if family.nested_rope:
+    if model.family.nested_rope:
         # transformers merges a flat rope_scaling into full_attention, and ignores a flat rope_parameters.
-        local = dict(ropes[SLIDING].parameters)
-        keys["rope_parameters"] = {FULL: rope, SLIDING: local}
-        keys["rope_local_base_freq"] = ropes[SLIDING].rope_theta
+        keys["rope_parameters"] = {FULL: rope, SLIDING: dict(model.ropes[SLIDING].parameters)}
+        keys["rope_local_base_freq"] = model.ropes[SLIDING].rope_theta
     return keys
 
 

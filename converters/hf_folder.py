@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from longrope_export.converters.copying import copy_range
-from longrope_export.converters.hf_config import extended_config, window_losses
+from longrope_export.converters.hf_config import extended_config, language_model
 from longrope_export.converters.lossy import hf_losses, refuse_losses
 from longrope_export.converters.safetensors import write_safetensors_metadata
 from longrope_export.errors import InputFileError, UnsupportedModelError
@@ -45,7 +45,7 @@ def write_hf_folder(
     config = read_json(folder / CONFIG_FILE)
     shards = model_shards(folder)
     changed = extended_config(config, scaling)
-    losses = hf_losses(scaling) + window_losses(config, scaling)
+    losses = hf_losses(scaling) + language_model(config).window_losses(scaling)
     refuse_losses(str(target), losses, allow_lossy=allow_lossy)
     with atomic_folder(target) as partial:
         for shard in shards:

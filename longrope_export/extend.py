@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from longrope_export.description import ModelDescription, describe
 from longrope_export.scaling import RopeScaling
 
 Report = Callable[[str], None]
+_FLAGS = {"method_options": "option", "attention_factor": "attention-factor"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,7 @@ class ExtendOptions:
     to: str
     out: Path | None = None
     method: str | None = None
+    method_options: Mapping[str, Any] = field(default_factory=dict)
     short: str | None = None
     attention_factor: float | None = None
     data: tuple[Path, ...] = ()
@@ -45,6 +47,8 @@ class ExtendOptions:
             raise click.UsageError("give either --method (closed form) or --data (search)")
         if self.method and (searching := [name for name in ("strategy", "budget", "documents") if getattr(self, name)]):
             raise click.UsageError(f"--{searching[0]} belongs to a search; --method needs none")
+        if self.data and (own := [name for name in ("method_options", "short", "attention_factor") if getattr(self, name)]):
+            raise click.UsageError(f"--{_FLAGS.get(own[0], own[0])} belongs to --method; a search finds its own")
 
 
 def run_extend(options: ExtendOptions, *, report: Report, dry_run: bool = False) -> dict[str, Any]:
@@ -121,6 +125,7 @@ def _closed_form(options: ExtendOptions, description: ModelDescription, target: 
         short=options.short,
         attention_factor=options.attention_factor,
         gguf=description.kind == "gguf" or options.purpose == "gguf",
+        **options.method_options,
     )
     return Found(scaling, [])
 

@@ -35,3 +35,17 @@ def resolve_length(text: str, window: int) -> int:
 def print_json(value: Any) -> None:
     """Print `value` on stdout as indented JSON."""
     click.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def name_values(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
+    """Callback for repeatable NAME=VALUE options: JSON values (numbers, true, lists), else text."""
+    result: dict[str, Any] = {}
+    for text in values:
+        name, separator, value = text.partition("=")
+        if not separator or not name:
+            raise click.BadParameter(f"{text!r}: write NAME=VALUE", ctx, param)
+        try:
+            result[name.replace("-", "_")] = json.loads(value)
+        except json.JSONDecodeError:
+            result[name.replace("-", "_")] = value
+    return result

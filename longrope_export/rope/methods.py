@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,9 @@ from longrope_export.errors import ScalingError, UnsupportedModelError
 from longrope_export.rope import formulas
 from longrope_export.rope.frequencies import Array, as_factors, check_rotary, crossing, wavelengths
 from longrope_export.scaling import RopeScaling
+
+if TYPE_CHECKING:
+    from longrope_export.description import ModelDescription
 
 Short = Literal["same", "original"]
 
@@ -258,6 +261,20 @@ def existing_from_scaling(scaling: RopeScaling | None) -> Factors | None:
     return Factors(np.array(scaling.long_factor, dtype=np.float64), scaling.long_attention_factor)
 
 
+def existing_of(description: ModelDescription) -> Factors | None:
+    """What a described model applies inside its window, for `method_scaling(existing=…)`; None for plain RoPE.
+
+    Raises `UnsupportedModelError` as `existing_from_scaling`.
+    """
+    if description.scaling is not None:
+        return existing_from_scaling(description.scaling)
+    if description.existing_factors is None:
+        return None
+    return Factors(
+        np.array(description.existing_factors, dtype=np.float64), description.existing_attention_factor
+    )
+
+
 def method_scaling(
     name: str,
     *,
@@ -330,8 +347,9 @@ def _provenance(
     name: str, short: Short, existing: Factors | None, options: Mapping[str, Any]
 ) -> dict[str, Any]:
     entries: dict[str, Any] = {"method": name, "short": short}
-    if options:
-        entries["options"] = {key: np.asarray(value).tolist() for key, value in sorted(options.items())}
+    given = {key: np.asarray(value).tolist() for key, value in sorted(options.items()) if value is not None}
+    if given:
+        entries["options"] = given
     if existing is not None:
         entries["composed_with"] = {
             "factors": existing.factors.tolist(),

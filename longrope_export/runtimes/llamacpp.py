@@ -169,7 +169,9 @@ def _run_child(folder: Path, gguf: Path, timeout: float) -> Outcome:
         raise RuntimeFailure(f"llama.cpp died {_cause(code)} on {gguf}: {last_meaningful_line(text)}")
     answer = json.loads(answer_file.read_text())
     if "error" in answer:
-        raise RuntimeFailure(f"llama.cpp refused {gguf}: {_refusal(answer['error'], text)}")
+        # A load error reaches Python as one fixed sentence; the reason stands in the log only.
+        reason = last_meaningful_line(text) if answer.get("refused") else answer["error"]
+        raise RuntimeFailure(f"llama.cpp refused {gguf}: {reason}")
     table = folder / "probabilities.npy"
     return Outcome(answer, np.load(table, allow_pickle=False) if table.is_file() else None, text)
 
@@ -181,11 +183,6 @@ def _cause(code: int) -> str:
         return f"by {signal.Signals(-code).name}"
     except ValueError:
         return f"by signal {-code}"
-
-
-def _refusal(error: str, log: str) -> str:
-    # A load error reaches Python as one fixed sentence; the reason stands in the log only.
-    return f"{last_meaningful_line(log)}" if "load" in error.lower() else error
 
 
 def last_meaningful_line(log: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import secrets
 import sys
 from pathlib import Path
@@ -133,9 +134,20 @@ def main(folder: Path) -> None:
     key = secrets.token_hex(16)
     try:
         server = start_server(request, key)
+    except (RuntimeError, ValueError) as error:
+        write_answer(folder, {"error": str(error), "refused": True})
+        return
+    try:
         answer = JOBS[request["job"]](Client(server.listening_address, key), request, folder)
-    except (RuntimeError, ValueError, OSError, http.client.HTTPException) as error:
+    except (RuntimeError, OSError, http.client.HTTPException) as error:
         answer = {"error": str(error) or type(error).__name__}
+    write_answer(folder, answer)
+    # The server's destructor can wait for ever for a main loop that has not begun: leave without it.
+    os._exit(0)
+
+
+def write_answer(folder: Path, answer: dict[str, Any]) -> None:
+    """The file whose presence tells the parent that the child did not die on the way."""
     (folder / "answer.json").write_text(json.dumps(answer))
 
 

@@ -1,0 +1,260 @@
+"""Converting a transformers folder (llama, mistral) to GGUF, with or without factors, tensor by tensor."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longrope_export.converters.gguf.scaling_keys import LONG_TENSOR, SHORT_TENSOR, STATIC_TENSOR, scaling_entries
+from longrope_export.converters.gguf.tokenizer import GgufTokenizer, read_tokenizer
+from longrope_export.converters.gguf.weights import (
+    DTYPES,
+    StoredTensor,
+    encode,
+    encoded_bytes,
+    ggml_type,
+    permute_pairs,
+    read_stored,
+    stored_tensors,
+)
+from longrope_export.converters.hf_config import LanguageModel, language_model
+from longrope_export.converters.hf_folder import model_shards
+from longrope_export.converters.lossy import gguf_losses, refuse_losses
+from longrope_export.errors import InputFileError, UnsupportedModelError
+from longrope_export.files import atomic_output
+from longrope_export.formats.hf_config import count, positive, read_json
+from longrope_export.formats.hf_scaling import scaling_from_config
+from longrope_export.rope.hf_types import factors_from_rope_parameters
+from longrope_export.rope.methods import Factors
+from longrope_export.scaling import RopeScaling
+
+ARCHITECTURE = "llama"
+_FAMILIES = ("llama", "mistral")
+_LAYER_WEIGHTS = (
+    "attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down",
+)  # fmt: skip
+
+
+def convert_to_gguf(
+    folder: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    scaling: RopeScaling | None = None,
+    *,
+    dtype: str = "f16",
+    allow_lossy: bool = False,
+    overwrite: bool = False,
+) -> list[str]:
+    """Write the model in `folder` as the GGUF `target`: matrices in `dtype` (f32, f16, bf16, q8_0), vectors in F32.
+
+    `scaling` None keeps what config.json says, a static rope type (llama3, yarn, linear) as one set of factors for
+    every length. Peak memory is a small multiple of the largest tensor. Returns what llama.cpp will not apply, which
+    is refused unless `allow_lossy`. Raises `UnsupportedModelError` for other families, tokenizers or tensors that
+    llama.cpp's llama architecture lacks, `InputFileError`, `ScalingError`, `LossyTargetError`, and `OutputError`.
+    """
+    source = Path(folder)
+    if dtype not in DTYPES:
+        raise UnsupportedModelError(f"the dtype {dtype!r} is not written; choose one of {', '.join(DTYPES)}")
+    config = read_json(source / "config.json")
+    model = language_model(config)
+    _check_supported(model)
+    scaling = scaling_from_config(config) if scaling is None else scaling
+    static = None if scaling else _static_factors(model)
+    losses = _losses(model, scaling)
+    refuse_losses(str(target), losses, allow_lossy=allow_lossy)
+    tensors = _named_tensors(stored_tensors(model_shards(source)), model)
+    tokenizer = read_tokenizer(source, count(model.values, "vocab_size"), config)
+    with atomic_output(target, overwrite=overwrite) as file:
+        _write(Path(file.name), source.resolve().name, model, tokenizer, tensors, scaling, static, dtype)
+    return losses
+
+
+def _check_supported(model: LanguageModel) -> None:
+    if model.family.name not in _FAMILIES:
+        raise UnsupportedModelError(
+            f"{model.family.name} is not converted here, only {' and '.join(_FAMILIES)}; "
+            "convert it with llama.cpp's convert_hf_to_gguf.py and use `longrope patch`"
+        )
+    activation = model.values.get("hidden_act", "silu")
+    if activation != "silu":
+        raise UnsupportedModelError(f"hidden_act is {str(activation)[:40]!r}; llama.cpp's llama architecture has silu")
+
+
+def _static_factors(model: LanguageModel) -> Factors | None:
+    rope = model.rope
+    if rope.rope_type == "default":
+        return None
+    window = count(model.values, "max_position_embeddings")
+    if rope.rope_type == "dynamic":
+        raise UnsupportedModelError("dynamic NTK changes with every length; give a record with fixed factors")
+    return factors_from_rope_parameters(rope.parameters, rotary_dim=model.rotary_dim, max_position_embeddings=window)
+
+
+def _losses(model: LanguageModel, scaling: RopeScaling | None) -> list[str]:
+    losses = []
+    if scaling is not None:
+        model.check_record(scaling)
+        losses = gguf_losses(scaling) + model.window_losses(scaling)
+    window = model.values.get("sliding_window") if model.family.name == "mistral" else None
+    longest = scaling.max_position_embeddings if scaling else model.values["max_position_embeddings"]
+    if isinstance(window, int) and window < longest:
+        losses.append(f"llama.cpp will attend to all tokens, not to a sliding window of {window}")
+    return losses
+
+
+def _named_tensors(stored: Mapping[str, StoredTensor], model: LanguageModel) -> dict[str, StoredTensor]:
+    """GGUF names → tensors in llama.cpp's order; every needed one is there, and no unknown one is."""
+    from gguf.constants import MODEL_ARCH
+    from gguf.tensor_mapping import get_tensor_name_map
+
+    layers = count(model.values, "num_hidden_layers")
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, layers)
+    tied = bool(model.values.get("tie_word_embeddings"))
+    found: dict[str, StoredTensor] = {}
+    for name, tensor in stored.items():
+        mapped = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if name.endswith("rotary_emb.inv_freq") or (tied and mapped == "output.weight"):
+            continue
+        if mapped is None:
+            raise UnsupportedModelError(f"the tensor {name[:200]!r} has no place in llama.cpp's llama architecture")
+        found[mapped] = tensor
+    _check_shapes(found, model, layers, tied)
+    return dict(sorted(found.items(), key=lambda item: _order(item[0])))
+
+
+def _check_shapes(found: Mapping[str, StoredTensor], model: LanguageModel, layers: int, tied: bool) -> None:
+    hidden, vocab = count(model.values, "hidden_size"), count(model.values, "vocab_size")
+    middle = count(model.values, "intermediate_size")
+    query, key = (model.head_dim * heads for heads in _heads(model))
+    wanted: dict[str, tuple[int, ...]] = {"token_embd": (vocab, hidden), "output_norm": (hidden,)}
+    if not tied:
+        wanted["output"] = (vocab, hidden)
+    shapes = ((hidden,), (query, hidden), (key, hidden), (key, hidden), (hidden, query), (hidden,), (middle, hidden),
+              (middle, hidden), (hidden, middle))  # fmt: skip
+    for layer in range(layers):
+        wanted |= {f"blk.{layer}.{name}": shape for name, shape in zip(_LAYER_WEIGHTS, shapes, strict=True)}
+    for name, tensor in found.items():
+        stem, _, kind = name.rpartition(".")
+        shape = wanted.get(stem, ()) if kind == "weight" else wanted.get(stem, ())[:1]
+        if not shape or tensor.info.shape != shape:
+            raise InputFileError(f"the tensor {name} has shape {tensor.info.shape}, config.json says {shape}")
+    if missing := sorted(name for name in wanted if f"{name}.weight" not in found):
+        raise InputFileError(f"the weights lack {missing[0]}.weight and {len(missing) - 1} more; download them again")
+
+
+def _heads(model: LanguageModel) -> tuple[int, int]:
+    heads = count(model.values, "num_attention_heads")
+    return heads, count({"num_key_value_heads": heads, **model.values}, "num_key_value_heads")
+
+
+def _order(name: str) -> tuple[int, int, str]:
+    parts = name.split(".")
+    return (1, int(parts[1]), name) if parts[0] == "blk" else (0 if parts[0] == "token_embd" else 2, 0, name)
+
+
+def _write(
+    path: Path,
+    name: str,
+    model: LanguageModel,
+    tokenizer: GgufTokenizer,
+    tensors: Mapping[str, StoredTensor],
+    scaling: RopeScaling | None,
+    static: Factors | None,
+    dtype: str,
+) -> None:
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(path, ARCHITECTURE)
+    try:
+        _add_model_keys(writer, name, model, dtype)
+        _add_rope_keys(writer, model, scaling, static)
+        _add_tokenizer_keys(writer, tokenizer)
+        factors = _factor_tensors(scaling, static)
+        _add_tensor_infos(writer, tensors, factors, dtype)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for gguf_name, tensor in tensors.items():
+            writer.write_tensor_data(encode(_values(gguf_name, tensor, model), ggml_type(tensor.info.shape, dtype), gguf_name))
+        for values in factors.values():
+            writer.write_tensor_data(values)
+    finally:
+        writer.close()
+
+
+def _add_model_keys(writer: Any, name: str, model: LanguageModel, dtype: str) -> None:
+    values, (heads, kv_heads) = model.values, _heads(model)
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_file_type(DTYPES[dtype][1])
+    writer.add_quantization_version(2)
+    writer.add_block_count(count(values, "num_hidden_layers"))
+    writer.add_embedding_length(count(values, "hidden_size"))
+    writer.add_feed_forward_length(count(values, "intermediate_size"))
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_key_length(model.head_dim)
+    writer.add_value_length(model.head_dim)
+    writer.add_layer_norm_rms_eps(positive({"rms_norm_eps": 1e-6, **values}, "rms_norm_eps"))
+    writer.add_vocab_size(count(values, "vocab_size"))
+    writer.add_rope_dimension_count(model.rotary_dim)
+
+
+def _add_rope_keys(writer: Any, model: LanguageModel, scaling: RopeScaling | None, static: Factors | None) -> None:
+    if scaling is None:
+        writer.add_context_length(count(model.values, "max_position_embeddings"))
+        writer.add_rope_freq_base(model.rope.rope_theta)
+        if static is not None and static.attention_factor != 1.0:
+            writer.add_rope_scaling_attn_factors(static.attention_factor)
+        return
+    for key, value in scaling_entries(ARCHITECTURE, scaling).items():
+        add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
+        add(key, value)
+
+
+def _add_tokenizer_keys(writer: Any, tokenizer: GgufTokenizer) -> None:
+    writer.add_tokenizer_model(tokenizer.model)
+    writer.add_tokenizer_pre(tokenizer.pre)
+    writer.add_token_list(tokenizer.tokens)
+    writer.add_token_types(tokenizer.types)
+    if tokenizer.scores:
+        writer.add_token_scores(tokenizer.scores)
+    if tokenizer.merges:
+        writer.add_token_merges(tokenizer.merges)
+    for name, index in tokenizer.special.items():
+        getattr(writer, f"add_{name}_token_id")(index)
+    writer.add_add_bos_token(tokenizer.add_bos)
+    writer.add_add_eos_token(tokenizer.add_eos)
+    writer.add_add_space_prefix(tokenizer.add_space_prefix)
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def _factor_tensors(scaling: RopeScaling | None, static: Factors | None) -> dict[str, Any]:
+    if scaling is not None:
+        pairs = {LONG_TENSOR: scaling.long_factor, SHORT_TENSOR: scaling.short_factor}
+        return {name: np.asarray(factors, np.float32) for name, factors in pairs.items()}
+    return {} if static is None else {STATIC_TENSOR: np.asarray(static.factors, np.float32)}
+
+
+def _add_tensor_infos(writer: Any, tensors: Mapping[str, StoredTensor], factors: Mapping[str, Any], dtype: str) -> None:
+    from gguf.constants import GGMLQuantizationType
+
+    for name, tensor in tensors.items():
+        kind = ggml_type(tensor.info.shape, dtype)
+        size = encoded_bytes(tensor.info.shape, kind)
+        writer.add_tensor_info(name, tensor.info.shape, np.dtype(np.float32), size, GGMLQuantizationType[kind])
+    for name, values in factors.items():
+        writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
+
+
+def _values(name: str, tensor: StoredTensor, model: LanguageModel) -> Any:
+    values = read_stored(tensor)
+    heads, kv_heads = _heads(model)
+    kind = name.split(".")[-2]
+    if kind == "attn_q":
+        return permute_pairs(values, heads)
+    return permute_pairs(values, kv_heads) if kind == "attn_k" else values

@@ -1,0 +1,173 @@
+"""Will a longer window fit? Cache bytes from the model's shape, time and memory from a measured probe."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longrope_export.description import ModelDescription
+from longrope_export.errors import ScalingError
+from longrope_export.families import SLIDING
+
+# Bytes of one block and the values in it (ggml: f16 is 2 bytes a value, q8_0 is 32 int8 and one f16 scale).
+CACHE_TYPES: Mapping[str, tuple[int, int]] = {"f16": (2, 1), "q8_0": (34, 32)}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One forward pass with losses over `length` tokens: seconds, and the process's peak bytes (None: unknown)."""
+
+    length: int
+    seconds: float
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Cost of one evaluation (a forward pass over L' tokens), fitted to `measurements` in `dtype`."""
+
+    seconds: float | None
+    peak_bytes: int | None
+    measurements: tuple[Measurement, ...]
+    dtype: str
+    threads: int
+
+    @property
+    def longest(self) -> int:
+        """The longest length that was measured."""
+        return self.measurements[-1].length
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What `longrope plan` says; all sizes in bytes, `available` is the memory free at present (None: unknown)."""
+
+    path: str
+    architecture: str
+    window: int
+    target: int
+    kv_cache: dict[str, int]
+    weights: int
+    available: int | None
+    estimate: Estimate | None
+    not_measured: tuple[str, ...]
+    runtimes: dict[str, str]
+    warnings: tuple[str, ...]
+
+    @property
+    def needed(self) -> dict[str, int]:
+        """Cache type → weights plus cache at L', without the runtime's own buffers."""
+        return {name: self.weights + size for name, size in self.kv_cache.items()}
+
+    @property
+    def fits(self) -> dict[str, bool | None]:
+        """Whether running with each cache type, and one evaluation, fit the memory available (None: unknown)."""
+        peak = None if self.estimate is None else self.estimate.peak_bytes
+        needed: dict[str, int | None] = {**self.needed, "evaluation": peak}
+        return {
+            name: None if size is None or self.available is None else size <= self.available
+            for name, size in needed.items()
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return {**asdict(self), "needed": self.needed, "fits": self.fits}
+
+
+def make_plan(
+    description: ModelDescription,
+    target: int,
+    *,
+    probe: Callable[[], tuple[Estimate | None, tuple[str, ...]]] | None = None,
+) -> Plan:
+    """The plan for `target` tokens; `probe` measures, None skips it. Raises `ScalingError` for a window not grown."""
+    if target <= description.window:
+        raise ScalingError(
+            f"{description.path} has a window of {description.window} tokens already; --to gives {target}: ask for more"
+        )
+    estimate, missing = (
+        (None, ("time and memory of an evaluation: --no-probe",)) if probe is None else probe()
+    )
+    return Plan(
+        path=description.path,
+        architecture=description.architecture,
+        window=description.window,
+        target=target,
+        kv_cache={name: kv_cache_bytes(description, target, name) for name in CACHE_TYPES},
+        weights=weight_bytes(description),
+        available=available_memory(),
+        estimate=estimate,
+        not_measured=missing,
+        runtimes=description.honours,
+        warnings=description.warnings,
+    )
+
+
+def kv_cache_bytes(description: ModelDescription, tokens: int, cache_type: str = "f16") -> int:
+    """Bytes of K and V of all layers for `tokens` positions; sliding-window layers keep their window only.
+
+    A row of K or V of one layer and position is kv_heads · head_dim values in whole blocks of `cache_type`
+    (a key of `CACHE_TYPES`). Runtimes round the number of positions up (llama.cpp to 256).
+    """
+    block_bytes, block_values = CACHE_TYPES[cache_type]
+    row = -(-description.kv_heads * description.head_dim // block_values) * block_bytes
+    return 2 * row * sum(_positions(description, tokens))
+
+
+def _positions(description: ModelDescription, tokens: int) -> list[int]:
+    window = description.sliding_window or tokens
+    kinds = description.layer_types or ("full_attention",) * description.layers
+    return [min(tokens, window) if kind == SLIDING else tokens for kind in kinds]
+
+
+def weight_bytes(description: ModelDescription) -> int:
+    """Bytes of the weights as stored: the GGUF file, or the folder's safetensors files."""
+    path = Path(description.path)
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    return path.stat().st_size
+
+
+def available_memory() -> int | None:
+    """Bytes of memory that programs may still take now (Linux's MemAvailable); None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = (line.split() for line in lines if line.startswith("MemAvailable:"))
+    return next((int(parts[1]) * 1024 for parts in found), None)
+
+
+def estimate_at(target: int, measurements: Sequence[Measurement], *, dtype: str, threads: int) -> Estimate:
+    """Extrapolate seconds as a + b·T + c·T² and peak bytes as a + b·T, both with a, b, c ≥ 0, to `target` tokens."""
+    timed = [(entry.length, entry.seconds) for entry in measurements]
+    sized = [
+        (entry.length, float(entry.peak_bytes)) for entry in measurements if entry.peak_bytes is not None
+    ]
+    seconds = predict(target, timed, degree=2)
+    peak = predict(target, sized, degree=1) if len(sized) >= 2 else None
+    return Estimate(seconds, None if peak is None else round(peak), tuple(measurements), dtype, threads)
+
+
+def predict(target: int, points: Sequence[tuple[int, float]], *, degree: int) -> float:
+    """Value at `target` of the polynomial with non-negative coefficients that fits `points` best.
+
+    Least squares of the *relative* errors, over every subset of the powers 0…degree (a coefficient that would
+    be negative is left out): short, cheap lengths then count as much as long ones. Needs at least one point.
+    """
+    lengths = np.array([length for length, _ in points], dtype=np.float64)
+    values = np.array([value for _, value in points], dtype=np.float64)
+    best, result = np.inf, float(values[-1])
+    for count in range(1, min(degree + 1, len(points)) + 1):
+        for powers in itertools.combinations(range(degree + 1), count):
+            basis = (lengths[:, None] / lengths[-1]) ** np.array(powers)
+            weights, *_ = np.linalg.lstsq(basis / values[:, None], np.ones_like(values), rcond=None)
+            error = float(np.square(basis @ weights / values - 1.0).sum())
+            if (weights >= 0.0).all() and error < best * (1.0 - 1e-9):
+                best, result = error, float((target / lengths[-1]) ** np.array(powers) @ weights)
+    return result

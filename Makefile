@@ -10,7 +10,7 @@ TORCH_INDEX ?=
 INDEX_FLAG := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
 WORKERS ?= 2
 
-.PHONY: help install demo test test-slow lint format types check clean
+.PHONY: help install demo test test-slow lint format types docs check clean
 
 help:
 	@sed -n '1,4p' Makefile
@@ -27,7 +27,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: install
-	$(BIN)/python -m longrope_export.demo --out demo-output
+	$(BIN)/longrope demo --out demo-output
 
 test: install
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile
@@ -46,6 +46,9 @@ format: install
 
 types: install
 	$(BIN)/python .ci/types.py
+
+docs: install
+	$(BIN)/python docs/generate.py
 
 check: lint types test
 

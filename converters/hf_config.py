@@ -1,4 +1,6 @@
-"""A model's config.json, and the same with a `RopeScaling` in it: for transformers 4 and 5, vLLM and SGLang."""
+"""A model's config.json, and the same with a `RopeScaling` in it: for transformers 4 and 5, vLLM and
+SGLang.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ _ORIGINAL = "original_max_position_embeddings"
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """What config.json says of the language model: `values` with the family's defaults, and its RoPE by layer type."""
+    """What config.json says of the language model: `values` with the family's defaults, and its RoPE by layer
+    type.
+    """
 
     family: Family
     values: Mapping[str, Any]
@@ -48,8 +52,8 @@ class LanguageModel:
             )
         if to_float32(self.rope.rope_theta) != scaling.rope_theta:
             raise ScalingError(
-                f"the record is for rope_theta {scaling.rope_theta:g}, the model has {self.rope.rope_theta:g}; "
-                "it was made for another model"
+                f"the record is for rope_theta {scaling.rope_theta:g}, the model has "
+                f"{self.rope.rope_theta:g}; it was made for another model"
             )
 
     def window_losses(self, scaling: RopeScaling) -> list[str]:
@@ -57,11 +61,16 @@ class LanguageModel:
         window = self.values["max_position_embeddings"]
         if scaling.original_max_position_embeddings in (window, self.rope.parameters.get(_ORIGINAL)):
             return []
-        return [f"the record extends a window of {scaling.original_max_position_embeddings}, the model has {window}"]
+        return [
+            f"the record extends a window of {scaling.original_max_position_embeddings}, "
+            f"the model has {window}"
+        ]
 
 
 def language_model(config: Mapping[str, Any]) -> LanguageModel:
-    """Read a parsed config.json; raises `UnsupportedModelError` for an unknown family, `InputFileError` for bad values."""
+    """Read a parsed config.json; raises `UnsupportedModelError` for an unknown family, `InputFileError` for
+    bad values.
+    """
     text = text_config(config)
     family = family_for_config(text.get("model_type"))
     values = {**family.defaults, **{key: value for key, value in text.items() if value is not None}}
@@ -72,16 +81,19 @@ def language_model(config: Mapping[str, Any]) -> LanguageModel:
 def extended_config(config: Mapping[str, Any], scaling: RopeScaling) -> dict[str, Any]:
     """Copy of a parsed config.json that carries `scaling`.
 
-    `rope_parameters` and an equal `rope_scaling` stand beside a top-level `rope_theta`: transformers 4, vLLM and
-    mlx-lm read the old names, and transformers 5 takes theta 10,000 when only the old names are there. Raises
-    `UnsupportedModelError` for an unknown family and `ScalingError` when the record belongs to another model.
+    `rope_parameters` and an equal `rope_scaling` stand beside a top-level `rope_theta`: transformers 4, vLLM
+    and mlx-lm read the old names, and transformers 5 takes theta 10,000 when only the old names are there.
+    Raises `UnsupportedModelError` for an unknown family and `ScalingError` when the record belongs to another
+    model.
     """
     model = language_model(config)
     model.check_record(scaling)
     changed = dict(config["text_config"] if config.get("text_config") else config)
     changed.update(_rope_keys(model, scaling))
-    changed.update(max_position_embeddings=scaling.max_position_embeddings, head_dim=model.head_dim, use_cache=True)
-    # transformers lets a top-level value override the one beside the factors, and vLLM serves no more than it.
+    changed.update(
+        max_position_embeddings=scaling.max_position_embeddings, head_dim=model.head_dim, use_cache=True
+    )
+    # transformers lets a top-level value override the one beside the factors; vLLM serves no more than it.
     changed.pop(_ORIGINAL, None)
     if model.family.top_level_original:
         changed[_ORIGINAL] = scaling.original_max_position_embeddings
@@ -102,7 +114,9 @@ def _rope_keys(model: LanguageModel, scaling: RopeScaling) -> dict[str, Any]:
 
 
 def longrope_parameters(scaling: RopeScaling) -> dict[str, Any]:
-    """transformers' `rope_parameters` for the record; every value explicit, because runtimes default differently."""
+    """transformers' `rope_parameters` for the record; every value explicit, because runtimes default
+    differently.
+    """
     values: dict[str, Any] = {
         "rope_type": "longrope",
         "rope_theta": scaling.rope_theta,

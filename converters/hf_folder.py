@@ -12,6 +12,7 @@ from longrope_export.converters.copying import copy_range
 from longrope_export.converters.hf_config import extended_config, language_model
 from longrope_export.converters.lossy import hf_losses, refuse_losses
 from longrope_export.converters.safetensors import write_safetensors_metadata
+
 from longrope_export.errors import InputFileError, UnsupportedModelError
 from longrope_export.files import MANIFEST, atomic_folder, atomic_output, write_text
 from longrope_export.formats.hf_config import read_json
@@ -33,13 +34,14 @@ def write_hf_folder(
     allow_lossy: bool = False,
     add: Callable[[Path], None] | None = None,
 ) -> list[str]:
-    """Write the folder `target`: the model folder `source` with `scaling` in config.json and every shard's header.
+    """Write the folder `target`: the model folder `source` with `scaling` in config.json and every shard's
+    header.
 
-    Tokenizer and other small files are copied, links are followed, nothing is written through one. `add` may write
-    further files into the unfinished folder; the manifest covers them. Returns what stock transformers will not
-    apply, which is refused unless `allow_lossy`. Raises `InputFileError` for a damaged folder,
-    `UnsupportedModelError` for other weights than safetensors or an unknown family, `ScalingError` when the record
-    belongs to another model, `LossyTargetError`, and `OutputError`.
+    Tokenizer and other small files are copied, links are followed, nothing is written through one. `add` may
+    write further files into the unfinished folder; the manifest covers them. Returns what stock transformers
+    will not apply, which is refused unless `allow_lossy`. Raises `InputFileError` for a damaged folder,
+    `UnsupportedModelError` for other weights than safetensors or an unknown family, `ScalingError` when the
+    record belongs to another model, `LossyTargetError`, and `OutputError`.
     """
     folder = Path(source)
     config = read_json(folder / CONFIG_FILE)
@@ -52,7 +54,7 @@ def write_hf_folder(
             write_safetensors_metadata(shard, partial / shard.name, {SAFETENSORS_KEY: scaling.to_json()})
         for file in _other_files(folder, shards):
             _copy_file(file, partial / file.name)
-        write_text(partial / CONFIG_FILE, _json_text(changed))
+        write_text(partial / CONFIG_FILE, json_text(changed))
         write_text(partial / RECORD_FILE, scaling.to_json())
         _extend_side_files(partial, scaling.max_position_embeddings)
         if add is not None:
@@ -72,7 +74,8 @@ def model_shards(folder: Path) -> list[Path]:
         others = sorted(path.name for path in folder.glob("*") if path.suffix in _OTHER_WEIGHTS)
         if others:
             raise UnsupportedModelError(
-                f"{folder} holds its weights in {others[0]}, which may run code when opened; save it as safetensors"
+                f"{folder} holds its weights in {others[0]}, which may run code when opened; "
+                "save it as safetensors"
             )
         raise InputFileError(f"{folder} has no .safetensors weights")
     return found
@@ -104,18 +107,21 @@ def _copy_file(source: Path, target: Path) -> None:
 
 
 def _extend_side_files(folder: Path, window: int) -> None:
-    """Let the tokenizer take the longer window, and generation use the cache that a trainer may have turned off."""
+    """Let the tokenizer take the longer window, and generation use the cache that a trainer may have turned
+    off.
+    """
     tokenizer, generation = folder / "tokenizer_config.json", folder / "generation_config.json"
     if tokenizer.is_file():
         values = read_json(tokenizer)
         limit = values.get("model_max_length")
         if isinstance(limit, int) and limit < window:
-            write_text(tokenizer, _json_text({**values, "model_max_length": window}), overwrite=True)
+            write_text(tokenizer, json_text({**values, "model_max_length": window}), overwrite=True)
     if generation.is_file():
         values = read_json(generation)
         if values.get("use_cache") is False:
-            write_text(generation, _json_text({**values, "use_cache": True}), overwrite=True)
+            write_text(generation, json_text({**values, "use_cache": True}), overwrite=True)
 
 
-def _json_text(values: dict[str, Any]) -> str:
+def json_text(values: dict[str, Any]) -> str:
+    """`values` as an indented JSON document with a final newline."""
     return json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

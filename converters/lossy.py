@@ -1,4 +1,6 @@
-"""What a target cannot express of a `RopeScaling`: refused unless the user allows it, never dropped silently."""
+"""What a target cannot express of a `RopeScaling`: refused unless the user allows it, never dropped
+silently.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,8 @@ def gguf_notes(scaling: RopeScaling) -> list[str]:
     notes = []
     if not scaling.is_static:
         notes.append(
-            f"llama.cpp chooses by the allocated context, not by the prompt: any -c above {window} uses the long "
-            "factors for short prompts too"
+            f"llama.cpp chooses by the allocated context, not by the prompt: any -c above {window} uses "
+            "the long factors for short prompts too"
         )
     if window % 256 and not scaling.is_static:
         notes.append(f"llama.cpp pads -c to a multiple of 256, so -c {window} already uses the long factors")
@@ -39,8 +41,8 @@ def gguf_notes(scaling: RopeScaling) -> list[str]:
         notes.append(f"the window does not grow beyond {window}, so servers never reach the long factors")
     if scaling.long_attention_factor != 1.0:
         notes.append(
-            "keep context shift off (llama.cpp --no-context-shift; it is on in Ollama): a shift multiplies cached keys "
-            "by the attention factor again"
+            "keep context shift off (llama.cpp --no-context-shift; it is on in Ollama): a shift multiplies "
+            "cached keys by the attention factor again"
         )
     notes.append(
         "llama.cpp applies these factors since 2026-03-29 (pull request 21150), Ollama since 2026-05-29"
@@ -49,7 +51,9 @@ def gguf_notes(scaling: RopeScaling) -> list[str]:
 
 
 def refuse_losses(target: str, losses: list[str], *, allow_lossy: bool) -> list[str]:
-    """Return `losses` when they are allowed or there are none; raises `LossyTargetError` naming them otherwise."""
+    """Return `losses` when they are allowed or there are none; raises `LossyTargetError` naming them
+    otherwise.
+    """
     if losses and not allow_lossy:
         raise LossyTargetError(
             f"{target} cannot hold this record: {'; '.join(losses)} (--allow-lossy writes it anyway)"

@@ -1,17 +1,15 @@
-"""Opening model folders and GGUF files with transformers, without pickles and without code from the folder."""
+"""Opening model folders and GGUF files with transformers, without pickles and without code from folders."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from longrope_export.description import ModelDescription, describe
 from longrope_export.errors import InputFileError, UnsupportedModelError
 from longrope_export.families import FAMILIES, family_for_config
-from longrope_export.formats.gguf_header import GgufHeader, read_gguf_header
-from longrope_export.formats.gguf_scaling import STATIC_TENSOR, read_factors, scaling_from_gguf
 from longrope_export.formats.hf_config import read_json
 from longrope_export.formats.hf_scaling import scaling_from_config
 from longrope_export.scaling import RopeScaling
@@ -23,11 +21,11 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model on disk that is safe to open; `scaling` reads the record that its files carry (None: none)."""
+    """A model on disk that is safe to open, and the scaling that its files carry (None: none)."""
 
     path: Path
     gguf: bool
-    scaling: Callable[[], RopeScaling | None]
+    scaling: RopeScaling | None
 
     def load(self, **from_pretrained: Any) -> Any:
         """The transformers model, in evaluation mode; `from_pretrained` goes to transformers.
@@ -55,9 +53,9 @@ class Checkpoint:
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Check a model folder or a GGUF file without reading its weights.
 
-    Raises `InputFileError` for a missing path, a folder without config.json or with pickled weights only, or an
-    adapter; `UnsupportedModelError` for a model type without a row in `FAMILIES`, or a GGUF architecture that
-    transformers cannot import.
+    Raises `InputFileError` for a missing path, a folder without config.json or with pickled weights only, or
+    an adapter; `UnsupportedModelError` for a model type without a row in `FAMILIES`, or a GGUF architecture
+    that transformers cannot import.
     """
     place = Path(path)
     if place.is_dir():
@@ -80,13 +78,13 @@ def _folder(folder: Path) -> Checkpoint:
             )
         raise InputFileError(f"{folder} has no .safetensors weights")
     family_for_config(config.get("model_type"))
-    return Checkpoint(folder, gguf=False, scaling=lambda: scaling_from_config(config))
+    return Checkpoint(folder, gguf=False, scaling=scaling_from_config(config))
 
 
 def _gguf(path: Path) -> Checkpoint:
-    header = read_gguf_header(path)
-    _check_importable(path, str(header.get("general.architecture")))
-    return Checkpoint(path, gguf=True, scaling=lambda: _carried(header))
+    description = describe(path)
+    _check_importable(path, description.architecture)
+    return Checkpoint(path, gguf=True, scaling=_carried(description))
 
 
 def _check_importable(path: Path, architecture: str) -> None:
@@ -96,32 +94,24 @@ def _check_importable(path: Path, architecture: str) -> None:
     importable = sorted(known & set(GGUF_SUPPORTED_ARCHITECTURES))
     if architecture not in importable:
         raise UnsupportedModelError(
-            f"{path} has the architecture {architecture[:80]!r}, which transformers cannot import into a family known "
-            f"here ({', '.join(importable)}); give the original model folder instead"
+            f"{path} has the architecture {architecture[:80]!r}, which transformers cannot import "
+            f"into a family known here ({', '.join(importable)}); give the original model folder instead"
         )
 
 
-def _carried(header: GgufHeader) -> RopeScaling | None:
-    """The record in a GGUF, or what llama.cpp would apply without one; transformers drops either without a word."""
-    if (scaling := scaling_from_gguf(header)) is not None:
-        return scaling
-    architecture = header.get("general.architecture")
-    kind = header.get(f"{architecture}.rope.scaling.type", "none")
-    if kind not in ("none", "longrope"):
-        raise UnsupportedModelError(
-            f"{header.path} has rope.scaling.type {str(kind)[:40]!r}, which transformers ignores in a GGUF; "
-            "give the factors explicitly: scaling=..."
-        )
-    factors = read_factors(header, STATIC_TENSOR)
-    if factors is None:
-        return None
-    window = int(header.get(f"{architecture}.context_length"))
+def _carried(description: ModelDescription) -> RopeScaling | None:
+    """The record in a GGUF, else what llama.cpp applies at every length; transformers drops both silently."""
+    if description.scaling is not None or description.existing_factors is None:
+        return description.scaling
+    attention = description.existing_attention_factor
     return RopeScaling(
-        rope_theta=header.get(f"{architecture}.rope.freq_base", 10000.0),
-        rotary_dim=2 * len(factors),
-        original_max_position_embeddings=window,
-        max_position_embeddings=window,
-        long_factor=factors,
-        short_factor=factors,
-        provenance={"source": f"GGUF {STATIC_TENSOR}"},
+        rope_theta=description.rope_theta,
+        rotary_dim=description.rotary_dim,
+        original_max_position_embeddings=description.window,
+        max_position_embeddings=description.window,
+        long_factor=description.existing_factors,
+        short_factor=description.existing_factors,
+        long_attention_factor=attention,
+        short_attention_factor=attention,
+        provenance={"source": f"GGUF {description.rope_type}"},
     )

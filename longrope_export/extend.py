@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,10 +61,12 @@ def run_extend(options: ExtendOptions, *, report: Report, dry_run: bool = False)
     target = pipeline.target_length(description, options.to)
     plan = _output(options, description, target)
     plan.check_free(overwrite=options.overwrite)
+    if options.data and _runtime(options, plan) == "hf" and plan.gguf_name and not options.allow_lossy:
+        raise click.UsageError("--for hf may find what a GGUF cannot hold: add --no-gguf or --allow-lossy, or leave it out")
     result = _header(options, description, target, plan)
     if dry_run:
         return result | {"lossy": [], "notes": ["dry run: nothing was written"]}
-    found = _closed_form(options, description, target) if options.method else _searched(options, description, target, plan, report)
+    found = _closed_form(options, description, target) if options.method else _searched(options, description, target, plan)
     written = pipeline.write_extended(
         description,
         found.scaling,
@@ -74,6 +77,8 @@ def run_extend(options: ExtendOptions, *, report: Report, dry_run: bool = False)
         overwrite=options.overwrite,
         extra_files=found.files,
     )
+    if options.data:
+        shutil.rmtree(search_folder(plan), ignore_errors=True)
     result |= {"lossy": written.lossy, "notes": written.notes, "scaling": found.scaling.to_dict()}
     result["run"] = _run_lines(written, found.scaling)
     if found.table:
@@ -97,7 +102,7 @@ def _output(options: ExtendOptions, description: ModelDescription, target: int) 
         searching_to_file = options.data and options.out is None and not options.hf
         return pipeline.as_folder(plan) if searching_to_file else plan
     convertible = description.family is not None and description.family.name in pipeline.CONVERTIBLE
-    gguf = convertible if options.gguf is None else options.gguf
+    gguf = (convertible and options.purpose != "hf") if options.gguf is None else options.gguf
     return pipeline.plan_output(description, target, options.out, hf=True, gguf=gguf)
 
 
@@ -131,13 +136,48 @@ def _closed_form(options: ExtendOptions, description: ModelDescription, target: 
 
 
 def _searched(
-    options: ExtendOptions,
-    description: ModelDescription,
-    target: int,
-    plan: pipeline.OutputPlan,
-    report: Report,
+    options: ExtendOptions, description: ModelDescription, target: int, plan: pipeline.OutputPlan
 ) -> Found:
-    raise NotImplementedError
+    """Search beside the output, in OUT.search, so that a stopped search is continued by the same command."""
+    from longrope_export.search.progress import SearchProgress
+    from longrope_export.search.run import JOURNAL, SearchConfig, run_search
+
+    given = {"strategy": options.strategy, "budget": options.budget, "documents": options.documents}
+    config = SearchConfig(
+        model=options.model,
+        target=str(target),
+        data=options.data,
+        out=search_folder(plan),
+        seed=options.seed,
+        runtime=_runtime(options, plan),  # type: ignore[arg-type]
+        **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
+    )
+    with SearchProgress() as progress:
+        result = run_search(config, progress)
+    names = sorted(result.validation_perplexity, key=lambda name: result.validation_perplexity[name])
+    table = [["factors", "search texts", "validation texts"]]
+    table += [
+        [name, _perplexity(result.search_perplexity.get(name)), _perplexity(result.validation_perplexity[name])]
+        for name in names
+    ]
+    caption = (
+        f"Perplexity at {target:,} tokens; {config.documents} documents to search on, {config.validation_documents} "
+        "others to choose on."
+    )
+    return Found(result.scaling, table, caption, (search_folder(plan) / JOURNAL,))
+
+
+def search_folder(plan: pipeline.OutputPlan) -> Path:
+    """Where the search for an output keeps its journal until the output is written."""
+    return plan.target.with_name(plan.target.name + ".search")
+
+
+def _runtime(options: ExtendOptions, plan: pipeline.OutputPlan) -> str:
+    return options.purpose or ("gguf" if plan.gguf_name else "hf")
+
+
+def _perplexity(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def _card(options: ExtendOptions, description: ModelDescription, target: int, found: Found) -> Any:

@@ -30,7 +30,12 @@ from longrope_export.switching import RotarySets, SequenceSwitch
 
 Switch = Literal["sequence", "context", "short", "long"]
 
-_STEPWISE = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
+_STEPWISE = (
+    GenerationMode.GREEDY_SEARCH,
+    GenerationMode.SAMPLE,
+    GenerationMode.BEAM_SEARCH,
+    GenerationMode.BEAM_SAMPLE,
+)
 _HANDLES = "_longrope_handles"
 
 
@@ -45,42 +50,47 @@ def load(
 ) -> Any:
     """A transformers causal language model whose rotary embedding applies `scaling` exactly.
 
-    `path_or_model` is a model folder, a GGUF file (dequantised) or a model in memory (changed in place); `scaling` a
-    record, a file that `read_scaling` takes, or None for what the model carries: without any, the model is returned
-    with its own rotary embedding. `switch="sequence"` rotates each row with the set of its own length and rebuilds its
-    cache when that changes; `"context"` takes the long set for good where `context` exceeds the window L (as llama.cpp
-    and vLLM do); `"short"` and `"long"` are fixed. `angles` as in `rotation`. The rest goes to `from_pretrained`.
+    `path_or_model` is a model folder, a GGUF file (dequantised) or a model in memory (changed in place);
+    `scaling` a record, a file that `read_scaling` takes, or None for what the model carries: without any, the
+    model is returned with its own rotary embedding. `switch="sequence"` rotates each row with the set of its
+    own length and rebuilds its cache when that changes; `"context"` takes the long set for good where
+    `context` exceeds the window L (as llama.cpp and vLLM do); `"short"` and `"long"` are fixed. `angles` as
+    in `rotation`. The rest goes to `from_pretrained`.
 
-    Raises `InputFileError`, `UnsupportedModelError` or `ScalingError` when the files, the model type or the record do
-    not fit; the model's forward raises `CacheError` where a cache cannot be kept exact.
+    Raises `InputFileError`, `UnsupportedModelError` or `ScalingError` when the files, the model type or the
+    record do not fit; the model's forward raises `CacheError` where a cache cannot be kept exact.
     """
     _check_options(switch, context, angles, from_pretrained)
     record = read_scaling(scaling) if isinstance(scaling, (str, os.PathLike)) else scaling
     if isinstance(path_or_model, (str, os.PathLike)):
         checkpoint = open_checkpoint(path_or_model)
-        record = record or checkpoint.scaling()
+        record = record or checkpoint.scaling
         model = checkpoint.load(**from_pretrained)
     elif from_pretrained:
-        raise LongRopeError(f"{', '.join(sorted(from_pretrained))}: these options are for a path, not a model in memory")
+        raise LongRopeError(
+            f"{', '.join(sorted(from_pretrained))}: these options are for a path, not a model in memory"
+        )
     else:
         model = path_or_model
         record = record or scaling_from_config(model.config.to_dict())  # type: ignore[operator, union-attr]
     if record is not None:
         apply_scaling(model, record, switch=switch, context=context, angles=angles)
     elif switch != "sequence":
-        raise ScalingError(f'switch="{switch}" needs a scaling record, and {path_or_model} carries none; give scaling=')
+        raise ScalingError(
+            f'switch="{switch}" needs a scaling record, and {path_or_model} carries none; give scaling='
+        )
     return model
 
 
 def apply_scaling(
-    model: nn.Module,
+    model: Any,
     scaling: RopeScaling,
     *,
     switch: Switch = "sequence",
     context: int | None = None,
     angles: Angles = "exact",
 ) -> None:
-    """Install `scaling` in a model in memory, in place of an earlier one; arguments and errors as in `load`."""
+    """Install `scaling` in a model in memory, in place of an earlier one; arguments, errors as in `load`."""
     check_scaling(model, scaling)
     remove_switch(model)
     sets = RotarySets(scaling, angles)
@@ -88,7 +98,8 @@ def apply_scaling(
     replace_rotary(model, rotary)
     _write_config(model, scaling)
     if hasattr(model, "prepare_inputs_for_generation"):
-        # Phi3's own version drops the whole batch's cache at the window; the others are GenerationMixin's already.
+        # Phi3's own version drops the cache of the whole batch at the window; other families have this one.
+        # already.
         model.prepare_inputs_for_generation = MethodType(GenerationMixin.prepare_inputs_for_generation, model)
     if switch == "sequence" and not scaling.is_static:
         _install_switch(model, rotary, sets)
@@ -101,12 +112,13 @@ def check_scaling(model: nn.Module, scaling: RopeScaling) -> None:
     rotated, theta = rotary_dim_of(model), rope_theta_of(model)
     if scaling.rotary_dim != rotated:
         raise ScalingError(
-            f"the scaling has {scaling.rotary_dim // 2} factors (rotary_dim {scaling.rotary_dim}), but the model rotates "
-            f"{rotated} values a head; it was made for another model"
+            f"the scaling has {scaling.rotary_dim // 2} factors (rotary_dim {scaling.rotary_dim}), but the "
+            f"model rotates {rotated} values a head; it was made for another model"
         )
     if to_float32(theta) != scaling.rope_theta:
         raise ScalingError(
-            f"the scaling is for rope_theta {scaling.rope_theta:g}, but the model has {theta:g}; it was made for another model"
+            f"the scaling is for rope_theta {scaling.rope_theta:g}, but the model has {theta:g}; "
+            "it was made for another model"
         )
 
 
@@ -122,7 +134,9 @@ def _check_options(switch: str, context: int | None, angles: str, from_pretraine
     if switch not in get_args(Switch):
         raise ScalingError(f"switch is {switch!r}; it must be one of {', '.join(get_args(Switch))}")
     if (switch == "context") != (context is not None):
-        raise ScalingError('context is the number of tokens that switch="context" decides by: give both or neither')
+        raise ScalingError(
+            'context is the number of tokens that switch="context" decides by: give both or neither'
+        )
     if context is not None and (isinstance(context, bool) or not isinstance(context, int) or context < 1):
         raise ScalingError(f"context is {context!r}; it must be a whole number of tokens above 0")
     if angles not in get_args(Angles):
@@ -149,18 +163,20 @@ def _install_switch(model: Any, rotary: FixedRotary, sets: RotarySets) -> None:
         model._validate_generation_mode = MethodType(_only_stepwise, model)
 
 
-def _only_stepwise(model: Any, generation_mode: Any, generation_config: Any, generation_mode_kwargs: Any) -> None:
+def _only_stepwise(
+    model: Any, generation_mode: Any, generation_config: Any, generation_mode_kwargs: Any
+) -> None:
     """Stands before transformers' own check: modes that take tokens back would keep their entries' set."""
     if generation_mode not in _STEPWISE:
         raise CacheError(
-            f"{generation_mode.value.replace('_', ' ')} (assistant model or prompt lookup) is not exact where a row may pass "
-            'the window; generate without it, or load with switch="context", "short" or "long"'
+            f"{generation_mode.value.replace('_', ' ')} (assistant model or prompt lookup) is not exact where "
+            'a row may pass the window; generate without it, or load with switch="context", "short" or "long"'
         )
     type(model)._validate_generation_mode(model, generation_mode, generation_config, generation_mode_kwargs)
 
 
 def _write_config(model: Any, scaling: RopeScaling) -> None:
-    """Let the config say what the model computes, so that `save_pretrained` does not lie; our own key holds it all."""
+    """Let the config say what the model computes: `save_pretrained` writes it."""
     config = model.config.get_text_config()
     parameters = config.rope_parameters
     flat = parameters.get(FULL, parameters)

@@ -16,22 +16,33 @@ from longrope_export.families import SLIDING
 
 # Bytes of one block and the values in it (ggml: f16 is 2 bytes a value, q8_0 is 32 int8 and one f16 scale).
 CACHE_TYPES: Mapping[str, tuple[int, int]] = {"f16": (2, 1), "q8_0": (34, 32)}
+LOGITS_CHUNK = 512
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One forward pass with losses over `length` tokens: seconds, and the process's peak bytes (None: unknown)."""
+    """One forward pass with losses over `length` tokens.
+
+    `seconds` on the clock, `cpu_seconds` of processor time on all threads together (more than seconds ·
+    threads is impossible, less means that other programs took their share), `peak_bytes` of the process
+    (None: unknown).
+    """
 
     length: int
     seconds: float
+    cpu_seconds: float
     peak_bytes: int | None
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Cost of one evaluation (a forward pass over L' tokens), fitted to `measurements` in `dtype`."""
+    """Cost of one evaluation (a forward pass over L' tokens), fitted to `measurements` in `dtype`.
 
-    seconds: float | None
+    `seconds` is what it takes beside the programs that run now, `quiet_seconds` on a machine without them.
+    """
+
+    seconds: float
+    quiet_seconds: float
     peak_bytes: int | None
     measurements: tuple[Measurement, ...]
     dtype: str
@@ -40,12 +51,12 @@ class Estimate:
     @property
     def longest(self) -> int:
         """The longest length that was measured."""
-        return self.measurements[-1].length
+        return max(entry.length for entry in self.measurements)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What `longrope plan` says; all sizes in bytes, `available` is the memory free at present (None: unknown)."""
+    """What `longrope plan` says; sizes in bytes, `available` is the memory free now (None: unknown)."""
 
     path: str
     architecture: str
@@ -85,10 +96,10 @@ def make_plan(
     *,
     probe: Callable[[], tuple[Estimate | None, tuple[str, ...]]] | None = None,
 ) -> Plan:
-    """The plan for `target` tokens; `probe` measures, None skips it. Raises `ScalingError` for a window not grown."""
+    """The plan for `target` tokens; `probe` measures, None skips it. Raises `ScalingError` without growth."""
     if target <= description.window:
         raise ScalingError(
-            f"{description.path} has a window of {description.window} tokens already; --to gives {target}: ask for more"
+            f"{description.path} has a window of {description.window} tokens already; {target} is no extension"
         )
     estimate, missing = (
         (None, ("time and memory of an evaluation: --no-probe",)) if probe is None else probe()
@@ -134,7 +145,7 @@ def weight_bytes(description: ModelDescription) -> int:
 
 
 def available_memory() -> int | None:
-    """Bytes of memory that programs may still take now (Linux's MemAvailable); None where the system does not say."""
+    """Bytes of memory that programs may still take now (Linux's MemAvailable); None where it is not known."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
@@ -144,14 +155,25 @@ def available_memory() -> int | None:
 
 
 def estimate_at(target: int, measurements: Sequence[Measurement], *, dtype: str, threads: int) -> Estimate:
-    """Extrapolate seconds as a + b·T + c·T² and peak bytes as a + b·T, both with a, b, c ≥ 0, to `target` tokens."""
-    timed = [(entry.length, entry.seconds) for entry in measurements]
-    sized = [
-        (entry.length, float(entry.peak_bytes)) for entry in measurements if entry.peak_bytes is not None
-    ]
-    seconds = predict(target, timed, degree=2)
-    peak = predict(target, sized, degree=1) if len(sized) >= 2 else None
-    return Estimate(seconds, None if peak is None else round(peak), tuple(measurements), dtype, threads)
+    """Extrapolate seconds as a + b·T + c·T² and peak bytes as a + b·T, with a, b, c ≥ 0, to `target` tokens."""
+    ordered = sorted(measurements, key=lambda entry: entry.length)
+    wall = {entry.length: min(e.seconds for e in ordered if e.length == entry.length) for entry in ordered}
+    busy = {
+        entry.length: min(e.cpu_seconds for e in ordered if e.length == entry.length) for entry in ordered
+    }
+    seconds = predict(target, list(wall.items()), degree=2)
+    quiet = predict(target, [(length, cpu / max(threads, 1)) for length, cpu in busy.items()], degree=2)
+    return Estimate(seconds, min(quiet, seconds), _peak_at(target, ordered), tuple(ordered), dtype, threads)
+
+
+def _peak_at(target: int, ordered: Sequence[Measurement]) -> int | None:
+    sized = [(entry.length, float(entry.peak_bytes)) for entry in ordered if entry.peak_bytes is not None]
+    # Up to one chunk of lm_head rows the logits grow with the length, beyond it they do not.
+    beyond = [point for point in sized if point[0] >= LOGITS_CHUNK]
+    points = beyond if len({length for length, _ in beyond}) >= 2 else sized
+    if len({length for length, _ in points}) < 2 and target not in dict(points):
+        return None
+    return round(predict(target, points, degree=1))
 
 
 def predict(target: int, points: Sequence[tuple[int, float]], *, degree: int) -> float:
@@ -161,7 +183,7 @@ def predict(target: int, points: Sequence[tuple[int, float]], *, degree: int) ->
     be negative is left out): short, cheap lengths then count as much as long ones. Needs at least one point.
     """
     lengths = np.array([length for length, _ in points], dtype=np.float64)
-    values = np.array([value for _, value in points], dtype=np.float64)
+    values = np.array([max(value, 1e-9) for _, value in points], dtype=np.float64)
     best, result = np.inf, float(values[-1])
     for count in range(1, min(degree + 1, len(points)) + 1):
         for powers in itertools.combinations(range(degree + 1), count):

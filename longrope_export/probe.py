@@ -1,4 +1,4 @@
-"""The measured probe: forwards of growing length in a child process, which may run out of memory without harm."""
+"""The measured probe: forwards of growing length in a child process, which may run out of memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The probe's child process: loads the model, times forwards of doubling length, prints one JSON line for each.
+"""The probe's child process: loads the model and times forwards of doubling length, one JSON line for each.
 
 Run by `longrope_export.probe` as `python -m longrope_export.probe_worker REQUEST`.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from longrope_export.errors import LongRopeError
-from longrope_export.planning import Measurement, predict
+from longrope_export.planning import LOGITS_CHUNK, Measurement
 from longrope_export.probe import ProbeRequest
 
 _ENOUGH_SECONDS = 0.2  # shorter forwards are repeated and the fastest counts
@@ -20,7 +20,7 @@ _REPEATS = 3
 
 
 def main(text: str) -> int:
-    """Measure what the JSON request asks for; a user's error becomes a line with the key "error" and exit code 1."""
+    """Measure what the JSON request asks for; a user's error becomes a line with "error" and exit code 1."""
     request = ProbeRequest(**json.loads(text))
     try:
         _measure(request)
@@ -39,43 +39,55 @@ def _measure(request: ProbeRequest) -> None:
         torch.set_num_threads(request.threads)
     _say({"threads": torch.get_num_threads()})
     model = load(request.path, dtype=getattr(torch, request.dtype))
-    started, points = time.perf_counter(), []
     _forward(model, request, request.first)
+    until = time.perf_counter() + request.seconds
+    longest = _doubling(model, request, until)
+    # Other programs only ever slow a forward down: time that is left goes into trying the longest ones again.
+    while longest and (lasted := _cheapest_left(longest, until)):
+        _say(vars(_one(model, request, lasted)))
+        longest = [entry for entry in longest if entry.length != lasted]
+
+
+def _doubling(model: Any, request: ProbeRequest, until: float) -> list[Measurement]:
+    measurements: list[Measurement] = []
     length = min(request.first, request.target)
     while True:
-        measured = _one(model, request, length)
-        points.append((length, measured.seconds))
-        _say(vars(measured))
-        if length >= request.target:
-            return
-        length = min(2 * length, request.target)
-        left = request.seconds - (time.perf_counter() - started)
-        # A doubled length takes up to four times as long; until there is a fit, assume that it does.
-        expected = predict(length, points, degree=2) if len(points) > 3 else 4.0 * measured.seconds
-        if expected > left:
-            return
+        measurements.append(_one(model, request, length))
+        _say(vars(measurements[-1]))
+        following = min(2 * length, request.target)
+        # A doubled length takes up to four times as long.
+        if following == length or time.perf_counter() + 4.0 * measurements[-1].seconds > until:
+            return measurements[-3:]
+        length = following
+
+
+def _cheapest_left(measurements: list[Measurement], until: float) -> int | None:
+    left = until - time.perf_counter()
+    return next((entry.length for entry in reversed(measurements) if entry.seconds < left), None)
 
 
 def _one(model: Any, request: ProbeRequest, length: int) -> Measurement:
     separate = _reset_peak()
-    seconds = _forward(model, request, length)
+    seconds, cpu = _forward(model, request, length)
     for _ in range(_REPEATS - 1):
         if seconds < _ENOUGH_SECONDS:
-            seconds = min(seconds, _forward(model, request, length))
-    return Measurement(length, seconds, _peak() if separate else None)
+            again = _forward(model, request, length)
+            seconds, cpu = min(seconds, again[0]), min(cpu, again[1])
+    return Measurement(length, seconds, cpu, _peak() if separate else None)
 
 
-def _forward(model: Any, request: ProbeRequest, length: int) -> float:
+def _forward(model: Any, request: ProbeRequest, length: int) -> tuple[float, float]:
+    """Seconds on the clock and of processor time of all threads."""
     import torch
 
     from longrope_export.evaluation.losses import token_losses
 
     generator = torch.Generator().manual_seed(length)
     ids = torch.randint(0, request.vocab, (1, max(length, 2)), generator=generator)
-    started = time.perf_counter()
+    wall, cpu = time.perf_counter(), time.process_time()
     with torch.no_grad():
-        token_losses(model, ids)
-    return time.perf_counter() - started
+        token_losses(model, ids, chunk=LOGITS_CHUNK)
+    return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def _reset_peak() -> bool:

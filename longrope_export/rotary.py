@@ -26,12 +26,13 @@ def rotation(
 ) -> tuple[Tensor, Tensor]:
     """Cos and sin, float32 [B, S, D], of each position, multiplied by the attention factor.
 
-    `position_ids` is integer [B, S]; `inverse_frequencies` (radians a token) is [D/2], [B, D/2] for one set a row, or
-    [B, S, D/2]. `attention_factor` and `start_tokens` are numbers or tensors [], [B] or [B, S]; positions below
-    `start_tokens` (n̂ of arXiv 2402.13753, eq. 2) turn with `original_inverse_frequencies`. Differentiable in the
-    frequencies and the attention factor. `angles="exact"` computes in float64: right to 1e-6 at position 2,097,152,
-    where a float32 product is rounded to 1/8 radian. `"float32"` is transformers' order of operations bit for bit
-    (`LlamaRotaryEmbedding.forward`). Raises `ScalingError` when start tokens come without original frequencies.
+    `position_ids` is integer [B, S]; `inverse_frequencies` (radians a token) is [D/2], [B, D/2] for one set a
+    row, or [B, S, D/2]. `attention_factor` and `start_tokens` are numbers or tensors [], [B] or [B, S];
+    positions below `start_tokens` (n̂ of arXiv 2402.13753, eq. 2) turn with `original_inverse_frequencies`.
+    Differentiable in the frequencies and the attention factor. `angles="exact"` computes in float64: right to
+    1e-6 at position 2,097,152, where a float32 product is rounded to 1/8 radian. `"float32"` is transformers'
+    order of operations bit for bit (`LlamaRotaryEmbedding.forward`). Raises `ScalingError` when start tokens
+    come without original frequencies.
     """
     device = position_ids.device
     # Apple's GPU has no float64: there the few cosines are computed on the CPU.
@@ -49,7 +50,8 @@ def rotation(
         halves = ((phases.cos() * factor).float(), (phases.sin() * factor).float())
         cos, sin = (torch.cat((half, half), dim=-1) for half in halves)
     else:
-        # Doubled before cos, as transformers does: vector loops may round an element differently from their tails.
+        # Doubled before cos, as transformers does: vector loops may round an element differently from their
+        # tails.
         doubled = torch.cat((phases, phases), dim=-1)
         cos, sin = (doubled.cos() * factor).float(), (doubled.sin() * factor).float()
     return cos.to(device), sin.to(device)
@@ -90,9 +92,9 @@ class RotarySet:
 class FixedRotary(nn.Module):
     """A model's rotary embedding whose set is chosen from outside, never from the positions of one call.
 
-    Frequencies are plain attributes, not buffers: `.to(bfloat16)`, `from_pretrained` and `state_dict` do not touch
-    them, and they follow the hidden states' device. Cos and sin are cast to the hidden states' dtype, as in
-    transformers. It starts with factors of one.
+    Frequencies are plain attributes, not buffers: `.to(bfloat16)`, `from_pretrained` and `state_dict` do not
+    touch them, and they follow the hidden states' device. Cos and sin are cast to the hidden states' dtype,
+    as in transformers. It starts with factors of one.
     """
 
     def __init__(self, rope_theta: float, rotary_dim: int, *, angles: Angles = "exact") -> None:
@@ -112,7 +114,7 @@ class FixedRotary(nn.Module):
         """
         if factors.shape[-1] != self.rotary_dim // 2 or factors.ndim not in (1, 2):
             raise ScalingError(
-                f"the factors have shape {tuple(factors.shape)}; the model's rotary_dim of {self.rotary_dim} needs "
+                f"the factors have shape {tuple(factors.shape)}; a rotary_dim of {self.rotary_dim} needs "
                 f"[{self.rotary_dim // 2}], or [rows, {self.rotary_dim // 2}] for one set a row"
             )
         frequencies = inverse_frequencies_of(factors, self.rope_theta, self.angles)
@@ -122,7 +124,7 @@ class FixedRotary(nn.Module):
         """Cos and sin [B, S, D] in x's dtype for `position_ids` [B, S]."""
         if self.current is None:
             raise LongRopeError(
-                "the rotary embedding was called outside the model's forward, where no sequence says which set applies; "
+                "the rotary embedding was called outside the model's forward: no sequence chooses a set; "
                 'load with switch="short" or "long" for a fixed set'
             )
         chosen = self.current
@@ -142,7 +144,7 @@ class FixedRotary(nn.Module):
 
 
 class LayerTypeRotary(nn.Module):
-    """The rotary embedding of families with one RoPE a layer type: full attention is `full`, the rest stays as it was."""
+    """The rotary embedding of families with one RoPE a layer type: `full` and, unchanged, the `others`."""
 
     def __init__(self, full: FixedRotary, others: dict[str, RotarySet]) -> None:
         super().__init__()
@@ -169,7 +171,8 @@ def decoder_of(model: nn.Module) -> nn.Module:
     Raises `UnsupportedModelError` for a model type without a row in `FAMILIES`, or one laid out differently.
     """
     family = family_of(model)
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    core: Any = model
+    core = core.get_base_model() if hasattr(core, "get_base_model") else core  # PEFT
     for path in _rotary_paths(family):
         parent: Any = core
         for name in path.split(".")[:-1]:
@@ -200,17 +203,18 @@ def rotary_module(model: nn.Module) -> nn.Module:
 
 
 def replace_rotary(model: nn.Module, module: nn.Module) -> nn.Module:
-    """Make `module` the model's rotary embedding and return the one it had, which can be put back the same way.
+    """Make `module` the model's rotary embedding and return the one it had (to be put back the same way).
 
     In a family with one RoPE a layer type a `FixedRotary` serves the full-attention layers only. Do it after
-    `from_pretrained`. Raises as `decoder_of`, and `ScalingError` when the module rotates another number of values.
+    `from_pretrained`. Raises as `decoder_of`, and `ScalingError` when the module rotates another number of
+    values.
     """
     decoder = decoder_of(model)
     before = rotary_module(model)
     if isinstance(module, FixedRotary):
         if module.rotary_dim != (rotated := rotary_dim_of(model)):
             raise ScalingError(
-                f"the scaling is for a rotary_dim of {module.rotary_dim}, but the model rotates {rotated} values a head"
+                f"the scaling is for a rotary_dim of {module.rotary_dim}; the model rotates {rotated} values"
             )
         if family_of(model).nested_rope:
             module = LayerTypeRotary(module, _other_layer_types(before))
@@ -234,7 +238,7 @@ def _other_layer_types(module: nn.Module) -> dict[str, RotarySet]:
 
 
 def rotary_dim_of(model: nn.Module) -> int:
-    """Number of values that the model rotates in each head, read from its rotary embedding; raises as `decoder_of`."""
+    """Values that the model rotates in each head, read from its rotary embedding; raises as `decoder_of`."""
     module: Any = rotary_module(model)
     module = module.full if isinstance(module, LayerTypeRotary) else module
     if isinstance(module, FixedRotary):
@@ -249,7 +253,7 @@ def rotary_dim_of(model: nn.Module) -> int:
 
 
 def rope_theta_of(model: nn.Module) -> float:
-    """The model's RoPE base θ from its config (of the full-attention layers); raises `UnsupportedModelError` without one."""
+    """The model's RoPE base θ (of full attention) from its config; raises `UnsupportedModelError` without."""
     config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
     parameters = config.rope_parameters or {}
     theta = parameters.get(FULL, parameters).get("rope_theta")

@@ -1,6 +1,7 @@
-"""Which set a sequence is rotated with, decided for each row by its own length, with a cache that stays exact.
+"""Which set a sequence is rotated with, decided for each row by its own length, and a cache that stays exact.
 
-The decision sits in a hook on the decoder (below `generate()`), so hand-written loops and evaluations are covered too.
+The decision sits in a hook on the decoder (below `generate()`), so hand-written loops and evaluations are
+covered too.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from longrope_export.rotary import Angles, FixedRotary, RotarySet, inverse_frequ
 from longrope_export.scaling import RopeScaling
 from longrope_export.tracked_cache import CachedTokens, TrackedCache, empty_copy, tracked, write_rows
 
-# A rebuild runs in calls of at most this many tokens, or of the longest call that the cache has seen: it needs no
-# more memory than the caller has already spent.
+# A rebuild runs in calls of at most this many tokens, or of the longest call that the cache has seen: it
+# needs no more memory than the caller has already spent.
 REBUILD_TOKENS = 512
 
 
@@ -33,7 +34,9 @@ class RotarySets:
         window = scaling.original_max_position_embeddings
         short = {window: scaling.short_factor}
         if scaling.sets.get(window, scaling.short_factor) != scaling.short_factor:
-            raise ScalingError(f"sets[{window}] differs from short_factor, which applies up to {window} tokens too")
+            raise ScalingError(
+                f"sets[{window}] differs from short_factor, which applies up to {window} tokens too"
+            )
         bounded = sorted((short | dict(scaling.sets)).items())
         self.scaling = scaling
         self.lengths = [length for length, _ in bounded]
@@ -45,7 +48,9 @@ class RotarySets:
             self._set(scaling.long_factor, scaling.long_attention_factor, scaling.long_start_tokens, angles)
         )
         self._frequencies = torch.stack([entry.inverse_frequencies for entry in self._sets])
-        self._attention_factors = torch.tensor([entry.attention_factor for entry in self._sets], dtype=torch.float64)
+        self._attention_factors = torch.tensor(
+            [entry.attention_factor for entry in self._sets], dtype=torch.float64
+        )
         self._start_tokens = torch.tensor([entry.start_tokens for entry in self._sets])
 
     def _set(self, factors: Sequence[float], attention: float, start: int, angles: Angles) -> RotarySet:
@@ -83,11 +88,11 @@ class RotarySets:
 class SequenceSwitch:
     """A forward pre-hook for the decoder that gives each row the set of its own length.
 
-    Length is the number of tokens without padding, this call included. A row whose set changes has its cache rebuilt
-    once from its token ids before the call. Position ids are not looked at, except that without cache and mask each
-    document of a packed row counts by itself, as transformers isolates it then. Where the mask has padding and no
-    position ids are given, they are derived from the mask, as `generate()` does. Raises `CacheError` where a cache
-    cannot be kept exact.
+    Length is the number of tokens without padding, this call included. A row whose set changes has its cache
+    rebuilt once from its token ids before the call. Position ids are not looked at, except that without cache
+    and mask each document of a packed row counts by itself, as transformers isolates it then. Where the mask
+    has padding and no position ids are given, they are derived from the mask, as `generate()` does. Raises
+    `CacheError` where a cache cannot be kept exact.
     """
 
     def __init__(self, decoder: nn.Module, rotary: FixedRotary, sets: RotarySets) -> None:
@@ -110,7 +115,10 @@ class SequenceSwitch:
         past = 0 if cache is None else cache.get_seq_length()
         padding, left = _padding(call.get("attention_mask"), batch, past + new)
         positions = _positions(call, past, new, any(padding), source.device)
-        if cache is None and (documents := _document_lengths(call.get("attention_mask"), positions)) is not None:
+        if (
+            cache is None
+            and (documents := _document_lengths(call.get("attention_mask"), positions)) is not None
+        ):
             self.rotary.current = self.sets.rows(self.sets.indices(documents))
             return (), call
         indices = [self.sets.index(past + new - pad) for pad in padding]
@@ -120,7 +128,9 @@ class SequenceSwitch:
         return (), call
 
     def done(self, decoder: nn.Module, args: Any, output: Any) -> None:
-        """Forward hook: outside the decoder's forward no set is chosen, so that nobody uses an old one unawares."""
+        """Forward hook: outside the decoder's forward no set is chosen, so that nobody uses an old one
+        unawares.
+        """
         if not self.rebuilding:
             self.rotary.current = None
 
@@ -161,7 +171,9 @@ class SequenceSwitch:
                 raise CacheError("the attention mask has padding on the right or in between; pad on the left")
             past = cache.tokens.length
             if cache.tokens.padding != [min(pad, past) for pad in padding]:
-                raise CacheError("the attention mask hides other cached tokens than before; pass the whole mask again")
+                raise CacheError(
+                    "the attention mask hides other cached tokens than before; pass the whole mask again"
+                )
             stale = [
                 row
                 for row, (old, now) in enumerate(zip(cache.tokens.sets, indices))
@@ -177,9 +189,10 @@ class SequenceSwitch:
         tokens = cache.tokens
         assert tokens is not None
         if tokens.ids is None:
+            bound = self.sets.lengths[min(tokens.sets[rows[0]], indices[rows[0]])]
             raise CacheError(
-                f"row {rows[0]} passes {self.sets.lengths[min(tokens.sets[rows[0]], indices[rows[0]])]:,} tokens and its "
-                "cache must be rebuilt, but it was filled from inputs_embeds and the token ids are unknown; "
+                f"row {rows[0]} passes {bound:,} tokens and its cache must be rebuilt, but was filled from "
+                "inputs_embeds and the token ids are unknown; "
                 'pass input_ids, or load with switch="context", "short" or "long"'
             )
         start = min(tokens.padding[row] for row in rows)
@@ -207,16 +220,18 @@ class SequenceSwitch:
 
 
 def _padding(mask: Any, batch: int, total: int) -> tuple[list[int], bool]:
-    """Padding slots of each row of a [B, total] mask (none: no padding), and whether all of them stand on the left."""
+    """Padding slots of each row of a [B, total] mask, and whether all of them stand on the left."""
     if mask is None:
         return [0] * batch, True
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         raise CacheError(
-            'the length of each row is unknown under a prepared mask; pass a 2-D attention_mask, or load with switch="context"'
+            "the length of each row is unknown under a prepared mask; pass a 2-D attention_mask, "
+            'or load with switch="context"'
         )
     if tuple(mask.shape) != (batch, total):
         raise CacheError(
-            f"attention_mask is {tuple(mask.shape)}; it must cover the cached tokens and this call: {(batch, total)}"
+            f"attention_mask is {tuple(mask.shape)}; it must cover the cached tokens and this call: "
+            f"{(batch, total)}"
         )
     real = mask.bool()
     counts = real.sum(1, dtype=torch.long).tolist()
@@ -225,7 +240,7 @@ def _padding(mask: Any, batch: int, total: int) -> tuple[list[int], bool]:
 
 
 def _positions(call: dict[str, Any], past: int, new: int, padded: bool, device: torch.device) -> Tensor:
-    """The call's position ids [B or 1, new]; where they are missing, those that `generate()` would give, written back."""
+    """The call's position ids [B or 1, new]; missing ones become those that `generate()` would give."""
     positions = call.get("position_ids")
     if positions is None:
         if padded:

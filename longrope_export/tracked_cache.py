@@ -1,4 +1,4 @@
-"""A KV cache that remembers which tokens its entries came from, so that a row can be rebuilt with another set."""
+"""A KV cache that remembers which tokens its entries came from, so that a row can be rebuilt."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ _ADVICE = 'use the default dynamic cache, or load with switch="context", "short"
 class CachedTokens:
     """What a cache of B rows and T slots holds.
 
-    `ids` is int64 [B, T], or None where they are unknown; `positions` int64 [B, T]; `padding` the number of leading
-    padding slots of each row, `sets` the index of the set that each row was rotated with, `scaling` the record.
-    `obstacle` says why the cache must not be continued; `largest_call` is the longest forward that it has seen.
+    `ids` is int64 [B, T], or None where they are unknown; `positions` int64 [B, T]; `padding` the number of
+    leading padding slots of each row, `sets` the index of the set that each row was rotated with, `scaling`
+    the record. `obstacle` says why the cache must not be continued; `largest_call` is the longest forward
+    that it has seen.
     """
 
     scaling: RopeScaling
@@ -68,7 +69,7 @@ class CachedTokens:
 
 
 class TrackedCache(DynamicCache):  # type: ignore[misc]
-    """transformers' dynamic cache, whose `tokens` follow every reordering, cropping, repeating and selecting."""
+    """transformers' dynamic cache, whose `tokens` follow each reordering, crop, repetition and selection."""
 
     tokens: CachedTokens | None = None
 
@@ -105,8 +106,8 @@ class TrackedCache(DynamicCache):  # type: ignore[misc]
 def tracked(cache: Any, scaling: RopeScaling, batch: int) -> TrackedCache:
     """`cache` itself, turned into a `TrackedCache` when it is an empty dynamic cache.
 
-    Raises `CacheError` for another kind of cache, for one that this scaling's loader did not fill, that was changed
-    behind its back, that has another number of rows than `batch`, or that must not be continued.
+    Raises `CacheError` for another kind of cache, for one that this scaling's loader did not fill, that was
+    changed behind its back, that has another number of rows than `batch`, or that must not be continued.
     """
     if not isinstance(cache, TrackedCache):
         _check_kind(cache)
@@ -125,17 +126,21 @@ def _check_kind(cache: Any) -> None:
         raise CacheError(f"{kind} cannot be rebuilt when a row passes the window; {_ADVICE}")
     for layer in cache.layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            raise CacheError(f"a cache with {type(layer).__name__} cannot be rebuilt at the window; {_ADVICE}")
+            raise CacheError(
+                f"a cache with {type(layer).__name__} cannot be rebuilt at the window; {_ADVICE}"
+            )
     if cache.get_seq_length():
         raise CacheError(
-            "the cache was filled elsewhere, so its set and tokens are unknown; start with an empty cache on this model"
+            "the cache was filled elsewhere, so its set and tokens are unknown; start with an empty cache"
         )
 
 
 def _check_tokens(cache: TrackedCache, scaling: RopeScaling, batch: int) -> None:
     tokens, length = cache.tokens, cache.get_seq_length()
     if length != (0 if tokens is None else tokens.length):
-        raise CacheError("the cache was changed outside its own methods, or a forward failed; start with an empty cache")
+        raise CacheError(
+            "the cache was changed outside its own methods, or a forward failed; start with an empty cache"
+        )
     if tokens is None:
         return
     if tokens.scaling is not scaling and tokens.scaling != scaling:
@@ -157,7 +162,7 @@ def empty_copy(cache: Cache) -> DynamicCache:
 
 
 def write_rows(cache: Cache, rows: Sequence[int], source: Cache) -> None:
-    """Put `source`'s rows, in order, in place of `rows`, aligned at the newest entry (older ones are padding)."""
+    """Put `source`'s rows, in order, in place of `rows`, aligned at the newest entry (older is padding)."""
     for layer, fresh in zip(cache.layers, source.layers):
         layer.keys = _with_rows(layer.keys, rows, fresh.keys)
         layer.values = _with_rows(layer.values, rows, fresh.values)

@@ -169,19 +169,20 @@ class PaperSpace:
         return _individual(np.maximum.accumulate(np.clip(genes, 0, self.top)), self.start_tokens[0])
 
     def mutate(self, parent: Individual, probability: float, generator: np.random.Generator) -> Individual:
-        """Redraw each gene with `probability`, uniformly between its neighbours' present values; n̂ from its list.
+        """Redraw each gene with `probability`, uniformly between the next smaller and the next larger λ; n̂ from its list.
 
-        Pairs are visited in random order: visited from the fastest on, a flat run of ones could only move at its end.
+        Between the *neighbours* a gene inside a flat run (PI is one, YaRN has two) could never move. Sorting brings
+        redrawn members of a run into order; others are in order already or change places with a neighbour.
         """
-        genes = np.array([0, *parent.genes, self.top], dtype=np.int64)
+        genes = np.array(parent.genes, dtype=np.int64)
+        distinct = np.concatenate([[0], np.unique(genes), [self.top]])
+        place = np.searchsorted(distinct[1:-1], genes) + 1
+        drawn = generator.integers(distinct[place - 1], distinct[place + 1], endpoint=True)
         chosen = generator.random(self.pairs) < probability
-        for pair in generator.permutation(self.pairs):
-            if chosen[pair]:
-                genes[pair + 1] = generator.integers(genes[pair], genes[pair + 2], endpoint=True)
         start = parent.start_tokens
         if generator.random() < probability:
             start = self.start_tokens[int(generator.integers(len(self.start_tokens)))]
-        return _individual(genes[1:-1], start)
+        return _individual(np.sort(np.where(chosen, drawn, genes)), start)
 
     def cross(self, first: Individual, second: Individual, generator: np.random.Generator) -> Individual:
         """Take each gene and n̂ from either parent; sorting then keeps every λ between its two parents'."""

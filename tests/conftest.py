@@ -48,3 +48,20 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "llama"
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Any:
+    """A character tokenizer for `tiny_llama`: 97 ids, `<unk>` 0, `<s>` 1 (BOS), `</s>` 2, then "\\n" and ASCII."""
+    import string
+
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    characters = "\n " + string.ascii_letters + string.digits + ".,:;!?'\"()[]{}<>=+-*/_#@&%$^|\\~"
+    vocabulary = {token: index for index, token in enumerate(["<unk>", "<s>", "</s>", *characters[:94]])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )

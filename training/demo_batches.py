@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from longrope_export.evaluation.stdlib_corpus import Document
-from longrope_export.training.demo_retrieval import GENERATORS, Material
+from longrope_export.training.demo_retrieval import Material, row
 from longrope_export.training.demo_tokenizer import BOS_ID
 
 # (rows seen, share of each kind of row): linear in between, constant after the last. Repetition comes first because
@@ -57,9 +57,6 @@ def batch(
     share = shares(step * rows)
     ids = np.full((rows, window + 1), BOS_ID, dtype=np.int64)
     weights = np.ones((rows, window + 1), dtype=np.float32)
-    for row, kind in enumerate(rng.choice(list(share), size=rows, p=np.array(list(share.values())))):
-        if kind == "text":
-            ids[row, 1:] = material.passage(rng, window)
-        else:
-            ids[row, 1:], weights[row, 1:] = GENERATORS[str(kind)](rng, material, window)
+    for place, kind in enumerate(rng.choice(list(share), size=rows, p=np.array(list(share.values())))):
+        ids[place, 1:], weights[place, 1:] = row(str(kind), rng, material, window)
     return ids, weights

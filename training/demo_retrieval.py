@@ -1,7 +1,7 @@
 """Synthetic rows that teach retrieval inside the window: repetition, key-value look-ups, passkeys and needles.
 
-Each generator returns a row's token ids and one loss weight a token: zero where a token cannot be predicted (a first
-mention), more than one where the answer stands. Nothing here reads a held-out document.
+A row is put together from pieces, each with one loss weight: running text counts as in any other row, a first mention
+that nobody could predict counts nothing, the answer counts most. Nothing here reads a held-out document.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ import numpy.typing as npt
 from longrope_export.evaluation.passkey import FILLER, INTRODUCTION, LARGEST_KEY, QUESTION
 
 Ids = npt.NDArray[np.int64]
-Row = tuple[list[int], list[float]]
+Piece = tuple[list[int], float]
 
-ANSWER_WEIGHT = 4.0
+TEXT, KNOWN, FIXED, ANSWER = 1.0, 1.0, 0.02, 4.0  # KNOWN: can be copied; FIXED: a template's unchanging words
 
-# (statement, question, answer's end); the last two words of a question repeat those before the value in the statement.
-NEEDLES = (
+NEEDLES = (  # statement, question, what ends the answer
     ("One of the special magic numbers for {name} is: {value}.", "The special magic number for {name} is:", "."),
     ("The value of {name} is {value}. Do not forget it.", "What is the value of {name}? The value of {name} is", "."),
     ("# NOTE: the code for {name} is {value}", "# the code for {name} is", "\n"),
@@ -54,11 +53,11 @@ class Material:
         start = int(rng.integers(0, len(self.text) - length))
         return [int(token) for token in self.text[start : start + length]]
 
-    def filler(self, rng: np.random.Generator, length: int) -> list[int]:
-        """`length` tokens of irrelevant text: the standard garbage or training text."""
+    def fillers(self, rng: np.random.Generator, lengths: list[int]) -> list[Piece]:
+        """Irrelevant text of the given lengths: all of it the standard sentences, or all of it training text."""
         if rng.random() < 0.5:
-            return self.passage(rng, length)
-        return self.garbage[:length]
+            return [(self.passage(rng, length), TEXT) for length in lengths]
+        return [(self.garbage[:length], FIXED) for length in lengths]
 
     def number(self, rng: np.random.Generator) -> str:
         """A number of one to seven digits, most often five."""
@@ -66,95 +65,98 @@ class Material:
         return str(rng.integers(10 ** (digits - 1), 10**digits))
 
     def name(self, rng: np.random.Generator) -> str:
+        """A name that occurs in the training text."""
         return self.names[int(rng.integers(len(self.names)))]
 
 
-def repetition(rng: np.random.Generator, material: Material, length: int) -> Row:
+def repetition(rng: np.random.Generator, material: Material, length: int) -> list[Piece]:
     """A random segment, of text or of random tokens, again and again; sometimes with a little text between."""
     size = int(rng.integers(4, max(5, length // 2)))
-    segment = (
-        [int(token) for token in rng.integers(1, material.vocabulary, size)]
-        if rng.random() < 0.5
-        else material.passage(rng, size)
-    )
-    gap = int(rng.integers(0, 20)) if rng.random() < 0.4 else 0
-    ids, weights = list(segment), [0.0] * size
-    while len(ids) < length:
-        ids += material.passage(rng, gap) + segment
-        # The first two tokens only say which segment comes back.
-        weights += [0.0] * gap + [0.0] * 2 * (gap > 0) + [1.0] * (size - 2 * (gap > 0))
-    return ids[:length], weights[:length]
+    if rng.random() < 0.5:
+        first: Piece = ([int(token) for token in rng.integers(1, material.vocabulary, size)], 0.0)
+    else:
+        first = (material.passage(rng, size), TEXT)
+    gap = int(rng.integers(1, 20)) if rng.random() < 0.4 else 0
+    again: list[Piece] = [(first[0], KNOWN)]
+    if gap:  # the segment's first two tokens only say that it comes back
+        again = [(material.passage(rng, gap), TEXT), (first[0][:2], 0.0), (first[0][2:], KNOWN)]
+    return [first, *(again * (length // size))]
 
 
-def look_up(rng: np.random.Generator, material: Material, length: int) -> Row:
-    """Several names with values in code, filler between, then some of the names asked for in another order."""
+def look_up(rng: np.random.Generator, material: Material, length: int) -> list[Piece]:
+    """Several names with values in code, text between, then the names asked for in another order."""
     statement, question, end = CODE[int(rng.integers(len(CODE)))]
-    count = int(rng.integers(1, 9))
-    pairs = {material.name(rng): _value(rng, material) for _ in range(count)}
-    ids: list[int] = []
-    weights: list[float] = []
-    room = length - 30 * len(pairs)
-    for name, value in pairs.items():
-        filler = material.passage(rng, int(rng.integers(0, max(1, room // len(pairs)))))
-        stated = material.encode("\n" + statement.format(name=name, value=value))
-        ids += filler + stated
-        weights += [0.0] * (len(filler) + len(stated))
+    pairs = {material.name(rng): _value(rng, material) for _ in range(int(rng.integers(1, 9)))}
+    stated = [material.encode("\n" + statement.format(name=n, value=v)) for n, v in pairs.items()]
+    asked: list[Piece] = []
     for index in rng.permutation(len(pairs)):
         name, value = list(pairs.items())[int(index)]
-        _ask(ids, weights, material.encode(question.format(name=name)), material.encode(value + end))
-    return ids[:length], weights[:length]
+        asked += [(material.encode(question.format(name=name)), FIXED), (material.encode(value + end), ANSWER)]
+    room = _room(length, [*stated, *(ids for ids, _ in asked)])
+    return [*_spread(rng, stated, lambda gaps: [(material.passage(rng, gap), TEXT) for gap in gaps], room), *asked]
 
 
-def needle(rng: np.random.Generator, material: Material, length: int) -> Row:
+def needle(rng: np.random.Generator, material: Material, length: int) -> list[Piece]:
     """One to three statements in filler, one of them asked for at the end."""
     statement, question, end = NEEDLES[int(rng.integers(len(NEEDLES)))]
     pairs = [(material.name(rng), material.number(rng)) for _ in range(int(rng.integers(1, 4)))]
     stated = [material.encode("\n" + statement.format(name=n, value=v) + "\n") for n, v in pairs]
     name, value = pairs[int(rng.integers(len(pairs)))]
     asked, answer = material.encode("\n" + question.format(name=name)), material.encode(f" {value}{end}")
-    room = max(0, length - sum(map(len, stated)) - len(asked) - len(answer))
-    cuts = np.sort(rng.integers(0, room + 1, len(stated))).tolist()
-    ids: list[int] = []
-    for part, gap in zip(stated, np.diff([0, *cuts]).tolist(), strict=True):
-        ids += material.filler(rng, gap) + part
-    ids += material.filler(rng, room - cuts[-1])
-    weights = [0.0] * len(ids)
-    _ask(ids, weights, asked, answer)
-    return ids[:length], weights[:length]
+    room = _room(length, [*stated, asked, answer])
+    return [
+        *_spread(rng, stated, lambda gaps: material.fillers(rng, gaps), room),
+        (asked, FIXED),
+        (answer, ANSWER),
+    ]
 
 
-def passkey(rng: np.random.Generator, material: Material, length: int) -> Row:
-    """The standard passkey prompt with its answer, at any depth, from 160 tokens to the whole window."""
+def passkey(rng: np.random.Generator, material: Material, length: int) -> list[Piece]:
+    """The standard passkey prompt with its answer, the key at any depth, from 160 tokens to the whole window."""
     key = str(rng.integers(1, LARGEST_KEY + 1)) if rng.random() < 0.7 else material.number(rng)
-    introduction = material.encode(INTRODUCTION + "\n")
+    introduction, asked = material.encode(INTRODUCTION + "\n"), material.encode("\n" + QUESTION)
     stated, again = material.encode(f"\nThe pass key is {key}. Remember it."), material.encode(f" {key}")
-    closing = material.encode(" is the pass key.\n")
-    asked, answer = material.encode("\n" + QUESTION), material.encode(f" {key}.")
+    closing, answer = material.encode(" is the pass key.\n"), material.encode(f" {key}.")
     whole = length if rng.random() < 0.6 else int(rng.integers(min(160, length), length + 1))
-    fixed = len(introduction + stated + again + closing + asked + answer)
-    room = max(0, whole - fixed)
+    room = _room(whole, [introduction, stated, again, closing, asked, answer])
     before = int(rng.integers(0, room + 1))
-    head = introduction + material.filler(rng, before) + stated
-    tail = closing + material.filler(rng, room - before)
-    ids = head + again + tail
-    weights = [0.02] * len(head) + [ANSWER_WEIGHT / 2] * len(again) + [0.02] * len(tail)
-    _ask(ids, weights, asked, answer)
-    rest = max(0, length - len(ids))
-    return (ids + material.passage(rng, rest))[:length], (weights + [0.0] * rest)[:length]
+    above, below = material.fillers(rng, [before, room - before])
+    known: list[Piece] = [(again, ANSWER / 2), (closing, FIXED)]
+    return [(introduction, FIXED), above, (stated, FIXED), *known, below, (asked, FIXED), (answer, ANSWER)]
 
 
-def _ask(ids: list[int], weights: list[float], question: list[int], answer: list[int]) -> None:
-    ids += question + answer
-    weights += [0.02] * len(question) + [ANSWER_WEIGHT] * len(answer)
-
-
-def _value(rng: np.random.Generator, material: Material) -> str:
-    return material.number(rng) if rng.random() < 0.6 else repr(material.name(rng))
-
-
-GENERATORS: dict[str, Callable[[np.random.Generator, Material, int], Row]] = {
+GENERATORS: dict[str, Callable[[np.random.Generator, Material, int], list[Piece]]] = {
     "repetition": repetition,
     "look_up": look_up,
     "needle": needle,
     "passkey": passkey,
 }
+
+
+def row(kind: str, rng: np.random.Generator, material: Material, length: int) -> tuple[list[int], list[float]]:
+    """Tokens and loss weights of one row of `length` tokens; what a generator leaves free is filled with text."""
+    pieces = [([], 0.0)] if kind == "text" else GENERATORS[kind](rng, material, length)
+    rest = length - sum(len(ids) for ids, _ in pieces)
+    if rest > 0:
+        pieces = [*pieces, (material.passage(rng, rest), TEXT)]
+    ids = [token for part, _ in pieces for token in part]
+    weights = [weight for part, weight in pieces for _ in part]
+    return ids[:length], weights[:length]
+
+
+def _room(length: int, parts: list[list[int]]) -> int:
+    return max(0, length - sum(map(len, parts)))
+
+
+def _spread(
+    rng: np.random.Generator, stated: list[list[int]], fill: Callable[[list[int]], list[Piece]], room: int
+) -> list[Piece]:
+    """The statements in their order with `room` tokens of filler cut at random places around them."""
+    cuts = np.sort(rng.integers(0, room + 1, len(stated)))
+    gaps = fill([int(gap) for gap in np.diff([0, *cuts, room])])
+    pieces = [piece for gap, part in zip(gaps, stated, strict=False) for piece in (gap, (part, FIXED))]
+    return [*pieces, gaps[-1]]
+
+
+def _value(rng: np.random.Generator, material: Material) -> str:
+    return material.number(rng) if rng.random() < 0.6 else repr(material.name(rng))

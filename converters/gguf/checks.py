@@ -1,12 +1,14 @@
-"""Whether a record may be embedded in a GGUF file: refusals that save the user from a file that runs wrongly."""
+"""Whether a record may be embedded in a GGUF file: refusals that save the user from a file that runs
+wrongly.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-
 from longrope_export.converters.gguf.scaling_keys import STATIC_TENSOR
 from longrope_export.converters.lossy import gguf_losses, refuse_losses
+
 from longrope_export.errors import InputFileError, ScalingError, UnsupportedModelError
 from longrope_export.formats.gguf_header import GgufHeader
 from longrope_export.formats.gguf_tensors import read_tensor
@@ -23,11 +25,7 @@ def check_patchable(header: GgufHeader, scaling: RopeScaling, *, allow_lossy: bo
     check_architecture(str(header.path), architecture)
     _check_rotary_dim(header, architecture, scaling)
     _check_theta(header, architecture, scaling)
-    losses = (
-        gguf_losses(scaling)
-        + _window_losses(header, architecture, scaling)
-        + _composition_losses(header, scaling)
-    )
+    losses = gguf_losses(scaling) + window_losses(header, scaling) + composition_losses(header, scaling)
     return refuse_losses(str(header.path), losses, allow_lossy=allow_lossy)
 
 
@@ -58,7 +56,8 @@ def _check_unsplit(header: GgufHeader) -> None:
     count = header.get("split.count", 0)
     if isinstance(count, int) and count > 1:
         raise UnsupportedModelError(
-            f"{header.path} is one of {count} shards; merge them first: llama-gguf-split --merge FIRST-SHARD MERGED.gguf"
+            f"{header.path} is one of {count} shards; "
+            "merge them first: llama-gguf-split --merge FIRST-SHARD MERGED.gguf"
         )
 
 
@@ -72,7 +71,8 @@ def check_architecture(name: str, architecture: str) -> None:
             sorted(entry.name for entry in GGUF_ARCHITECTURES.values() if entry.honours_factors)
         )
         raise UnsupportedModelError(
-            f"{name}: llama.cpp applies no long and short factors in architecture {architecture}; it does in {honouring}"
+            f"{name}: llama.cpp applies no long and short factors in architecture {architecture}; "
+            f"it does in {honouring}"
         )
 
 
@@ -108,12 +108,14 @@ def _check_theta(header: GgufHeader, architecture: str, scaling: RopeScaling) ->
         raise InputFileError(f"{header.path} has the impossible rope.freq_base {theta!r}")
     if to_float32(theta) != scaling.rope_theta:
         raise ScalingError(
-            f"the record is for rope_theta {scaling.rope_theta:g}, {header.path} has {theta:g}; it was made for another model"
+            f"the record is for rope_theta {scaling.rope_theta:g}, {header.path} has {theta:g}; "
+            "it was made for another model"
         )
 
 
-def _window_losses(header: GgufHeader, architecture: str, scaling: RopeScaling) -> list[str]:
+def window_losses(header: GgufHeader, scaling: RopeScaling) -> list[str]:
     """The record's L must be a length that the file knows: its window, or the one it was extended from."""
+    architecture = header.get("general.architecture")
     window = _integer(header, f"{architecture}.context_length")
     original = _integer(header, f"{architecture}.rope.scaling.original_context_length") or window
     if scaling.original_max_position_embeddings in (window, original):
@@ -123,8 +125,10 @@ def _window_losses(header: GgufHeader, architecture: str, scaling: RopeScaling) 
     ]
 
 
-def _composition_losses(header: GgufHeader, scaling: RopeScaling) -> list[str]:
-    """Total divisors cannot undo half of what the file's own static factors do; then they were not composed."""
+def composition_losses(header: GgufHeader, scaling: RopeScaling) -> list[str]:
+    """Total divisors cannot undo half of what the file's own static factors do; then they were not
+    composed.
+    """
     existing = existing_factors(header)
     if existing is None:
         return []
@@ -134,6 +138,6 @@ def _composition_losses(header: GgufHeader, scaling: RopeScaling) -> list[str]:
     if strength <= 0 or np.log(np.asarray(scaling.short_factor)).sum() >= 0.5 * strength:
         return []
     return [
-        f"the file's own factors ({STATIC_TENSOR}, up to {existing.max():g}) are not in the record's short factors; "
-        "compose them with `longrope extend`"
+        f"the file's own factors ({STATIC_TENSOR}, up to {existing.max():g}) are not in the record's "
+        "short factors; compose them with `longrope extend`"
     ]

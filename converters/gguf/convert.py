@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from longrope_export.converters.gguf.scaling_keys import LONG_TENSOR, SHORT_TENSOR, STATIC_TENSOR, scaling_entries
+from longrope_export.converters.gguf.scaling_keys import (
+    LONG_TENSOR,
+    SHORT_TENSOR,
+    STATIC_TENSOR,
+    scaling_entries,
+)
 from longrope_export.converters.gguf.tokenizer import GgufTokenizer, read_tokenizer
 from longrope_export.converters.gguf.weights import (
     DTYPES,
@@ -24,10 +29,12 @@ from longrope_export.converters.gguf.weights import (
 from longrope_export.converters.hf_config import LanguageModel, language_model
 from longrope_export.converters.hf_folder import model_shards
 from longrope_export.converters.lossy import gguf_losses, refuse_losses
+
 from longrope_export.errors import InputFileError, UnsupportedModelError
 from longrope_export.files import atomic_output
 from longrope_export.formats.hf_config import count, positive, read_json
 from longrope_export.formats.hf_scaling import scaling_from_config
+from longrope_export.formats.records import CONFIG_FILE
 from longrope_export.rope.hf_types import factors_from_rope_parameters
 from longrope_export.rope.methods import Factors
 from longrope_export.scaling import RopeScaling
@@ -48,28 +55,68 @@ def convert_to_gguf(
     allow_lossy: bool = False,
     overwrite: bool = False,
 ) -> list[str]:
-    """Write the model in `folder` as the GGUF `target`: matrices in `dtype` (f32, f16, bf16, q8_0), vectors in F32.
+    """Write the model in `folder` as the GGUF `target`: matrices in `dtype` (f32, f16, bf16, q8_0), vectors
+    in F32.
 
-    `scaling` None keeps what config.json says, a static rope type (llama3, yarn, linear) as one set of factors for
-    every length. Peak memory is a small multiple of the largest tensor. Returns what llama.cpp will not apply, which
-    is refused unless `allow_lossy`. Raises `UnsupportedModelError` for other families, tokenizers or tensors that
-    llama.cpp's llama architecture lacks, `InputFileError`, `ScalingError`, `LossyTargetError`, and `OutputError`.
+    `scaling` None keeps what config.json says, a static rope type (llama3, yarn, linear) as one set of
+    factors for every length. Peak memory is a small multiple of the largest tensor. Returns what llama.cpp
+    will not apply, which is refused unless `allow_lossy`. Raises `UnsupportedModelError` for other families,
+    tokenizers or tensors that llama.cpp's llama architecture lacks, `InputFileError`, `ScalingError`,
+    `LossyTargetError`, and `OutputError`.
     """
+    plan = plan_conversion(folder, scaling, dtype=dtype, allow_lossy=allow_lossy)
+    write_conversion(plan, target, overwrite=overwrite)
+    return plan.losses
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Everything that a conversion needs, read and checked; only the weights are still on disk."""
+
+    name: str
+    model: LanguageModel
+    tokenizer: GgufTokenizer
+    tensors: Mapping[str, StoredTensor]
+    scaling: RopeScaling | None
+    static: Factors | None
+    dtype: str
+    losses: list[str]
+
+
+def plan_conversion(
+    folder: str | os.PathLike[str],
+    scaling: RopeScaling | None = None,
+    *,
+    dtype: str = "f16",
+    allow_lossy: bool = False,
+) -> Conversion:
+    """Read and check all that `convert_to_gguf` needs, without writing; raises as it does."""
     source = Path(folder)
     if dtype not in DTYPES:
         raise UnsupportedModelError(f"the dtype {dtype!r} is not written; choose one of {', '.join(DTYPES)}")
-    config = read_json(source / "config.json")
+    config = read_json(source / CONFIG_FILE)
     model = language_model(config)
     _check_supported(model)
     scaling = scaling_from_config(config) if scaling is None else scaling
-    static = None if scaling else _static_factors(model)
-    losses = _losses(model, scaling)
-    refuse_losses(str(target), losses, allow_lossy=allow_lossy)
-    tensors = _named_tensors(stored_tensors(model_shards(source)), model)
-    tokenizer = read_tokenizer(source, count(model.values, "vocab_size"), config)
+    losses = refuse_losses("a GGUF", _losses(model, scaling), allow_lossy=allow_lossy)
+    return Conversion(
+        name=source.resolve().name,
+        model=model,
+        tokenizer=read_tokenizer(source, count(model.values, "vocab_size"), config),
+        tensors=_named_tensors(stored_tensors(model_shards(source)), model),
+        scaling=scaling,
+        static=None if scaling else _static_factors(model),
+        dtype=dtype,
+        losses=losses,
+    )
+
+
+def write_conversion(plan: Conversion, target: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Write the planned GGUF; raises `OutputError`, and `NumericalError` when float16 cannot hold a
+    weight.
+    """
     with atomic_output(target, overwrite=overwrite) as file:
-        _write(Path(file.name), source.resolve().name, model, tokenizer, tensors, scaling, static, dtype)
-    return losses
+        _write(Path(file.name), plan)
 
 
 def _check_supported(model: LanguageModel) -> None:
@@ -80,7 +127,9 @@ def _check_supported(model: LanguageModel) -> None:
         )
     activation = model.values.get("hidden_act", "silu")
     if activation != "silu":
-        raise UnsupportedModelError(f"hidden_act is {str(activation)[:40]!r}; llama.cpp's llama architecture has silu")
+        raise UnsupportedModelError(
+            f"hidden_act is {str(activation)[:40]!r}; llama.cpp's llama architecture has silu"
+        )
 
 
 def _static_factors(model: LanguageModel) -> Factors | None:
@@ -90,7 +139,9 @@ def _static_factors(model: LanguageModel) -> Factors | None:
     window = count(model.values, "max_position_embeddings")
     if rope.rope_type == "dynamic":
         raise UnsupportedModelError("dynamic NTK changes with every length; give a record with fixed factors")
-    return factors_from_rope_parameters(rope.parameters, rotary_dim=model.rotary_dim, max_position_embeddings=window)
+    return factors_from_rope_parameters(
+        rope.parameters, rotary_dim=model.rotary_dim, max_position_embeddings=window
+    )
 
 
 def _losses(model: LanguageModel, scaling: RopeScaling | None) -> list[str]:
@@ -119,7 +170,9 @@ def _named_tensors(stored: Mapping[str, StoredTensor], model: LanguageModel) -> 
         if name.endswith("rotary_emb.inv_freq") or (tied and mapped == "output.weight"):
             continue
         if mapped is None:
-            raise UnsupportedModelError(f"the tensor {name[:200]!r} has no place in llama.cpp's llama architecture")
+            raise UnsupportedModelError(
+                f"the tensor {name[:200]!r} has no place in llama.cpp's llama architecture"
+            )
         found[mapped] = tensor
     _check_shapes(found, model, layers, tied)
     return dict(sorted(found.items(), key=lambda item: _order(item[0])))
@@ -132,8 +185,10 @@ def _check_shapes(found: Mapping[str, StoredTensor], model: LanguageModel, layer
     wanted: dict[str, tuple[int, ...]] = {"token_embd": (vocab, hidden), "output_norm": (hidden,)}
     if not tied:
         wanted["output"] = (vocab, hidden)
-    shapes = ((hidden,), (query, hidden), (key, hidden), (key, hidden), (hidden, query), (hidden,), (middle, hidden),
-              (middle, hidden), (hidden, middle))  # fmt: skip
+    shapes = (
+        (hidden,), (query, hidden), (key, hidden), (key, hidden), (hidden, query),
+        (hidden,), (middle, hidden), (middle, hidden), (hidden, middle),
+    )  # fmt: skip
     for layer in range(layers):
         wanted |= {f"blk.{layer}.{name}": shape for name, shape in zip(_LAYER_WEIGHTS, shapes, strict=True)}
     for name, tensor in found.items():
@@ -142,7 +197,9 @@ def _check_shapes(found: Mapping[str, StoredTensor], model: LanguageModel, layer
         if not shape or tensor.info.shape != shape:
             raise InputFileError(f"the tensor {name} has shape {tensor.info.shape}, config.json says {shape}")
     if missing := sorted(name for name in wanted if f"{name}.weight" not in found):
-        raise InputFileError(f"the weights lack {missing[0]}.weight and {len(missing) - 1} more; download them again")
+        raise InputFileError(
+            f"the weights lack {missing[0]}.weight and {len(missing) - 1} more; download them again"
+        )
 
 
 def _heads(model: LanguageModel) -> tuple[int, int]:
@@ -155,41 +212,33 @@ def _order(name: str) -> tuple[int, int, str]:
     return (1, int(parts[1]), name) if parts[0] == "blk" else (0 if parts[0] == "token_embd" else 2, 0, name)
 
 
-def _write(
-    path: Path,
-    name: str,
-    model: LanguageModel,
-    tokenizer: GgufTokenizer,
-    tensors: Mapping[str, StoredTensor],
-    scaling: RopeScaling | None,
-    static: Factors | None,
-    dtype: str,
-) -> None:
+def _write(path: Path, plan: Conversion) -> None:
     from gguf import GGUFWriter
 
     writer = GGUFWriter(path, ARCHITECTURE)
     try:
-        _add_model_keys(writer, name, model, dtype)
-        _add_rope_keys(writer, model, scaling, static)
-        _add_tokenizer_keys(writer, tokenizer)
-        factors = _factor_tensors(scaling, static)
-        _add_tensor_infos(writer, tensors, factors, dtype)
+        _add_model_keys(writer, plan)
+        _add_rope_keys(writer, plan)
+        _add_tokenizer_keys(writer, plan.tokenizer)
+        factors = _factor_tensors(plan.scaling, plan.static)
+        _add_tensor_infos(writer, plan.tensors, factors, plan.dtype)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for gguf_name, tensor in tensors.items():
-            writer.write_tensor_data(encode(_values(gguf_name, tensor, model), ggml_type(tensor.info.shape, dtype), gguf_name))
+        for name, tensor in plan.tensors.items():
+            kind = ggml_type(tensor.info.shape, plan.dtype)
+            writer.write_tensor_data(encode(_values(name, tensor, plan.model), kind, name))
         for values in factors.values():
             writer.write_tensor_data(values)
     finally:
         writer.close()
 
 
-def _add_model_keys(writer: Any, name: str, model: LanguageModel, dtype: str) -> None:
-    values, (heads, kv_heads) = model.values, _heads(model)
+def _add_model_keys(writer: Any, plan: Conversion) -> None:
+    model, values, (heads, kv_heads) = plan.model, plan.model.values, _heads(plan.model)
     writer.add_type("model")
-    writer.add_name(name)
-    writer.add_file_type(DTYPES[dtype][1])
+    writer.add_name(plan.name)
+    writer.add_file_type(DTYPES[plan.dtype][1])
     writer.add_quantization_version(2)
     writer.add_block_count(count(values, "num_hidden_layers"))
     writer.add_embedding_length(count(values, "hidden_size"))
@@ -203,14 +252,14 @@ def _add_model_keys(writer: Any, name: str, model: LanguageModel, dtype: str) ->
     writer.add_rope_dimension_count(model.rotary_dim)
 
 
-def _add_rope_keys(writer: Any, model: LanguageModel, scaling: RopeScaling | None, static: Factors | None) -> None:
-    if scaling is None:
-        writer.add_context_length(count(model.values, "max_position_embeddings"))
-        writer.add_rope_freq_base(model.rope.rope_theta)
-        if static is not None and static.attention_factor != 1.0:
-            writer.add_rope_scaling_attn_factors(static.attention_factor)
+def _add_rope_keys(writer: Any, plan: Conversion) -> None:
+    if plan.scaling is None:
+        writer.add_context_length(count(plan.model.values, "max_position_embeddings"))
+        writer.add_rope_freq_base(plan.model.rope.rope_theta)
+        if plan.static is not None and plan.static.attention_factor != 1.0:
+            writer.add_rope_scaling_attn_factors(plan.static.attention_factor)
         return
-    for key, value in scaling_entries(ARCHITECTURE, scaling).items():
+    for key, value in scaling_entries(ARCHITECTURE, plan.scaling).items():
         add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
         add(key, value)
 
@@ -240,13 +289,17 @@ def _factor_tensors(scaling: RopeScaling | None, static: Factors | None) -> dict
     return {} if static is None else {STATIC_TENSOR: np.asarray(static.factors, np.float32)}
 
 
-def _add_tensor_infos(writer: Any, tensors: Mapping[str, StoredTensor], factors: Mapping[str, Any], dtype: str) -> None:
+def _add_tensor_infos(
+    writer: Any, tensors: Mapping[str, StoredTensor], factors: Mapping[str, Any], dtype: str
+) -> None:
     from gguf.constants import GGMLQuantizationType
 
     for name, tensor in tensors.items():
         kind = ggml_type(tensor.info.shape, dtype)
         size = encoded_bytes(tensor.info.shape, kind)
-        writer.add_tensor_info(name, tensor.info.shape, np.dtype(np.float32), size, GGMLQuantizationType[kind])
+        writer.add_tensor_info(
+            name, tensor.info.shape, np.dtype(np.float32), size, GGMLQuantizationType[kind]
+        )
     for name, values in factors.items():
         writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
 

@@ -21,7 +21,9 @@ def encode_string(text: str) -> bytes:
 
 
 def encode_entry(key: str, value: str | int | float) -> bytes:
-    """One key-value pair: str as STRING, int as UINT32, float as FLOAT32; raises `struct.error` when out of range."""
+    """One key-value pair: str as STRING, int as UINT32, float as FLOAT32; raises `struct.error` when out of
+    range.
+    """
     head = encode_string(key)
     if isinstance(value, str):
         return head + struct.pack("<I", STRING) + encode_string(value)
@@ -31,6 +33,8 @@ def encode_entry(key: str, value: str | int | float) -> bytes:
 
 
 def encode_tensor_info(name: str, shape: tuple[int, ...], ggml_type: int, offset: int) -> bytes:
-    """One row of the tensor table; `shape` in ggml's order (fastest dimension first), `offset` from the data start."""
+    """One row of the tensor table; `shape` in ggml's order (fastest dimension first), `offset` from the data
+    start.
+    """
     dimensions = struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
     return encode_string(name) + dimensions + struct.pack("<IQ", ggml_type, offset)

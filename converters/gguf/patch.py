@@ -1,7 +1,7 @@
 """Embedding factors in an existing GGUF file: a new header in front of the same tensor bytes.
 
-Untouched keys are copied as the bytes they are, so a vocabulary of any size costs nothing; tensor data is copied in
-large blocks and never interpreted.
+Untouched keys are copied as the bytes they are, so a vocabulary of any size costs nothing; tensor data is
+copied in large blocks and never interpreted.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from longrope_export.converters.gguf.scaling_keys import (
     is_removed,
     scaling_entries,
 )
+
 from longrope_export.errors import OutputError
 from longrope_export.files import atomic_output
 from longrope_export.formats.gguf_header import GgufHeader, TensorInfo, align, read_gguf_header, read_range
@@ -39,10 +40,10 @@ def patch_gguf(
 ) -> list[str]:
     """Write `target`: the GGUF file `source` with `scaling` embedded and every weight as it was.
 
-    Returns what the file cannot express, which is refused unless `allow_lossy`. Patching is idempotent, and the result
-    does not depend on a scaling that `source` carried before. Raises `InputFileError` for a damaged or split file,
-    `UnsupportedModelError` when llama.cpp would not apply the factors, `ScalingError` when the record belongs to
-    another model, `LossyTargetError`, and `OutputError`.
+    Returns what the file cannot express, which is refused unless `allow_lossy`. Patching is idempotent, and
+    the result does not depend on a scaling that `source` carried before. Raises `InputFileError` for a
+    damaged or split file, `UnsupportedModelError` when llama.cpp would not apply the factors, `ScalingError`
+    when the record belongs to another model, `LossyTargetError`, and `OutputError`.
     """
     _check_different(Path(source), Path(target))
     header = read_gguf_header(source)

@@ -1,4 +1,5 @@
-"""llama.cpp's names for the byte-level pre-tokenizers (`tokenizer.ggml.pre`), told by tokenizer.json's structure.
+"""llama.cpp's names for the byte-level pre-tokenizers (`tokenizer.ggml.pre`), told by tokenizer.json's
+structure.
 
 llama.cpp holds one hard-coded regular expression per name (src/llama-vocab.cpp); a file with the wrong name
 tokenizes differently without a word. Structures that are not in this table are refused.
@@ -26,7 +27,9 @@ _TEKKEN = (
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """One llama.cpp name: the steps of tokenizer.json that it equals, and whether it takes whole words without merging."""
+    """One llama.cpp name: the steps of tokenizer.json that it equals, and whether it takes whole words
+    without merging.
+    """
 
     name: str
     steps: tuple[tuple[str, ...], ...]
@@ -44,14 +47,16 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {row.name: row for row in _ROWS}
 
 
 def pre_tokenizer_name(pre_tokenizer: Any, *, ignore_merges: bool) -> str:
-    """llama.cpp's name for tokenizer.json's `pre_tokenizer`; raises `UnsupportedModelError` when it has none."""
+    """llama.cpp's name for tokenizer.json's `pre_tokenizer`; raises `UnsupportedModelError` when it has
+    none.
+    """
     steps = _steps(pre_tokenizer)
     for row in _ROWS:
         if steps == row.steps:
             if ignore_merges != row.ignore_merges:
                 raise UnsupportedModelError(
-                    f"the tokenizer splits like llama.cpp's {row.name!r} but has ignore_merges {ignore_merges}; "
-                    "llama.cpp would tokenize differently"
+                    f"the tokenizer splits like llama.cpp's {row.name!r} but has ignore_merges "
+                    f"{ignore_merges}; llama.cpp would tokenize differently"
                 )
             return row.name
     raise UnsupportedModelError(
@@ -61,7 +66,9 @@ def pre_tokenizer_name(pre_tokenizer: Any, *, ignore_merges: bool) -> str:
 
 
 def pre_tokenizer_json(name: str) -> dict[str, Any]:
-    """tokenizer.json's `pre_tokenizer` for llama.cpp's `name`; raises `UnsupportedModelError` for an unknown name."""
+    """tokenizer.json's `pre_tokenizer` for llama.cpp's `name`; raises `UnsupportedModelError` for an unknown
+    name.
+    """
     row = PRE_TOKENIZERS.get(name)
     if row is None:
         raise UnsupportedModelError(f"llama.cpp's pre-tokenizer {name[:60]!r} is not known here")
@@ -87,7 +94,12 @@ def _step(item: Any) -> tuple[str, ...]:
     if kind == "ByteLevel" and not item.get("add_prefix_space"):
         return ("bytes", "gpt2") if item.get("use_regex", True) else ("bytes",)
     pattern = item.get("pattern")
-    if kind == "Split" and isinstance(pattern, Mapping) and item.get("behavior") == "Isolated" and not item.get("invert"):
+    if (
+        kind == "Split"
+        and isinstance(pattern, Mapping)
+        and item.get("behavior") == "Isolated"
+        and not item.get("invert")
+    ):
         return ("split", str(pattern.get("Regex")))
     return ("unknown",)
 
@@ -104,5 +116,11 @@ def _described(value: Any) -> str:
     if not isinstance(value, Mapping):
         return repr(value)[:80]
     items = value.get("pretokenizers")
-    kinds = [item.get("type") if isinstance(item, Mapping) else item for item in items] if isinstance(items, list) else []
-    return f"{value.get('type')}({', '.join(map(str, kinds))})"[:120] if kinds else str(value.get("type"))[:80]
+    kinds = (
+        [item.get("type") if isinstance(item, Mapping) else item for item in items]
+        if isinstance(items, list)
+        else []
+    )
+    return (
+        f"{value.get('type')}({', '.join(map(str, kinds))})"[:120] if kinds else str(value.get("type"))[:80]
+    )

@@ -1,4 +1,6 @@
-"""tokenizer.json as llama.cpp's tokenizer keys: byte-level BPE (`gpt2`) and SentencePiece-like BPE (`llama`)."""
+"""tokenizer.json as llama.cpp's tokenizer keys: byte-level BPE (`gpt2`) and SentencePiece-like BPE
+(`llama`).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from longrope_export.converters.gguf.pre_tokenizers import pre_tokenizer_name
+
 from longrope_export.errors import InputFileError, UnsupportedModelError
 from longrope_export.formats.hf_config import read_json
 
@@ -39,16 +42,22 @@ class GgufTokenizer:
 def read_tokenizer(folder: Path, vocab_size: int, config: Mapping[str, Any]) -> GgufTokenizer:
     """The folder's tokenizer for a model with `vocab_size` embedding rows.
 
-    Raises `InputFileError` for a missing or malformed file, `UnsupportedModelError` for a tokenizer that llama.cpp
-    would apply differently.
+    Raises `InputFileError` for a missing or malformed file, `UnsupportedModelError` for a tokenizer that
+    llama.cpp would apply differently.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise InputFileError(f"{folder} has no tokenizer.json; save the tokenizer with save_pretrained first")
     values = read_json(path)
-    settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    settings = (
+        read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    )
     model = values.get("model")
-    if not isinstance(model, Mapping) or model.get("type") != "BPE" or not isinstance(model.get("vocab"), Mapping):
+    if (
+        not isinstance(model, Mapping)
+        or model.get("type") != "BPE"
+        or not isinstance(model.get("vocab"), Mapping)
+    ):
         raise UnsupportedModelError(f"{path} is not a BPE tokenizer; only those are converted")
     if model.get("dropout") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise UnsupportedModelError(f"{path} uses dropout, subword prefixes or suffixes; llama.cpp has none")
@@ -86,14 +95,16 @@ def _sentencepiece(
     if unknown in common["tokens"]:
         typed[common["tokens"].index(unknown)] = UNKNOWN
     prefix = _space_prefix(path, values)
-    return GgufTokenizer(model="llama", pre="default", types=typed, scores=scores, add_space_prefix=prefix, **common)
+    return GgufTokenizer(
+        model="llama", pre="default", types=typed, scores=scores, add_space_prefix=prefix, **common
+    )
 
 
 def _scores(path: Path, tokens: list[str], types: list[int], pairs: list[list[str]]) -> list[float]:
     """Scores with which SentencePiece's rule (join the best-scored piece first) equals the merge list.
 
-    It does where all merges that make one piece stand together, and every possible pair is a merge: so it is in
-    lists that were made from a SentencePiece model, and else the tokenizer is refused.
+    It does where all merges that make one piece stand together, and every possible pair is a merge: so it is
+    in lists that were made from a SentencePiece model, and else the tokenizer is refused.
     """
     rank: dict[str, int] = {}
     previous = None
@@ -101,19 +112,25 @@ def _scores(path: Path, tokens: list[str], types: list[int], pairs: list[list[st
     for left, right in pairs:
         piece = left + right
         if piece != previous and piece in rank:
-            raise UnsupportedModelError(f"{path} is not made from a SentencePiece model: merges of {piece!r} are apart")
+            raise UnsupportedModelError(
+                f"{path} is not made from a SentencePiece model: merges of {piece!r} are apart"
+            )
         rank.setdefault(piece, len(rank))
         made[piece] = made.get(piece, 0) + 1
         previous = piece
     known = {token for token, kind in zip(tokens, types) if kind == NORMAL}
     for piece, count in made.items():
         if count != sum(piece[:cut] in known and piece[cut:] in known for cut in range(1, len(piece))):
-            raise UnsupportedModelError(f"{path} is not made from a SentencePiece model: a way to make {piece!r} is missing")
+            raise UnsupportedModelError(
+                f"{path} is not made from a SentencePiece model: a way to make {piece!r} is missing"
+            )
     return [-float(rank[token]) if token in rank else -1e6 for token in tokens]
 
 
 def _space_prefix(path: Path, values: Mapping[str, Any]) -> bool:
-    """Whether text gets a leading space: from the normalizer (Llama 2) or a Metaspace pre-tokenizer (Mistral)."""
+    """Whether text gets a leading space: from the normalizer (Llama 2) or a Metaspace pre-tokenizer
+    (Mistral).
+    """
     normalizer, splitter = values.get("normalizer"), values.get("pre_tokenizer")
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     prepend = {"type": "Prepend", "prepend": SPACE}
@@ -122,28 +139,39 @@ def _space_prefix(path: Path, values: Mapping[str, Any]) -> bool:
         return True
     if splitter is None and (normalizer == replace or steps == [replace]):
         return False
-    if normalizer is None and isinstance(splitter, Mapping) and splitter.get("type") == "Metaspace":
-        if splitter.get("replacement") == SPACE and splitter.get("split") is False:
+    if normalizer is None and isinstance(splitter, Mapping):
+        metaspace = {"type": "Metaspace", "replacement": SPACE, "split": False}
+        if {key: splitter.get(key) for key in metaspace} == metaspace:
             return splitter.get("prepend_scheme") in ("first", "always")
-    raise UnsupportedModelError(f"{path} handles spaces in a way that llama.cpp's SentencePiece tokenizer does not")
+    raise UnsupportedModelError(
+        f"{path} handles spaces in a way that llama.cpp's SentencePiece tokenizer does not"
+    )
 
 
 def _added(values: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     entries = values.get("added_tokens") or []
-    valid = isinstance(entries, list) and all(isinstance(entry, Mapping) and "id" in entry for entry in entries)
+    valid = isinstance(entries, list) and all(
+        isinstance(entry, Mapping) and "id" in entry for entry in entries
+    )
     if not valid:
         raise InputFileError("tokenizer.json: added_tokens must be a list of tokens with ids")
     return {str(entry.get("content")): entry for entry in entries}
 
 
-def _all_ids(path: Path, values: Mapping[str, Any], vocab: Mapping[str, Any], vocab_size: int) -> dict[str, int]:
+def _all_ids(
+    path: Path, values: Mapping[str, Any], vocab: Mapping[str, Any], vocab_size: int
+) -> dict[str, int]:
     ids = {**vocab, **{content: entry["id"] for content, entry in _added(values).items()}}
     taken: dict[int, str] = {}
     for token, index in ids.items():
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < vocab_size:
-            raise InputFileError(f"{path}: the token {token[:60]!r} has id {index}; the model has {vocab_size} embeddings")
+            raise InputFileError(
+                f"{path}: the token {token[:60]!r} has id {index}; the model has {vocab_size} embeddings"
+            )
         if taken.setdefault(index, token) != token:
-            raise InputFileError(f"{path}: the id {index} belongs to {taken[index][:60]!r} and to {token[:60]!r}")
+            raise InputFileError(
+                f"{path}: the id {index} belongs to {taken[index][:60]!r} and to {token[:60]!r}"
+            )
     return ids
 
 
@@ -169,7 +197,9 @@ def _merges(path: Path, model: Mapping[str, Any]) -> list[str]:
     return joined
 
 
-def _special_ids(ids: Mapping[str, int], settings: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, int]:
+def _special_ids(
+    ids: Mapping[str, int], settings: Mapping[str, Any], config: Mapping[str, Any]
+) -> dict[str, int]:
     found: dict[str, int] = {}
     for name, key in _SPECIAL.items():
         token = settings.get(key)
@@ -177,7 +207,11 @@ def _special_ids(ids: Mapping[str, int], settings: Mapping[str, Any], config: Ma
         fallback = config.get(f"{key}_id")
         fallback = fallback[0] if isinstance(fallback, list) and fallback else fallback
         index = ids.get(token) if isinstance(token, str) else fallback
-        if isinstance(index, int) and not isinstance(index, bool) and 0 <= index <= max(ids.values(), default=-1):
+        if (
+            isinstance(index, int)
+            and not isinstance(index, bool)
+            and 0 <= index <= max(ids.values(), default=-1)
+        ):
             found[name] = index
     return found
 
@@ -196,7 +230,11 @@ def _template(post_processor: Any) -> list[Any]:
         return []
     if post_processor.get("type") == "Sequence":
         inner = post_processor.get("processors")
-        return next((steps for item in inner if (steps := _template(item))), []) if isinstance(inner, list) else []
+        return (
+            next((steps for item in inner if (steps := _template(item))), [])
+            if isinstance(inner, list)
+            else []
+        )
     single = post_processor.get("single")
     return single if isinstance(single, list) else []
 

@@ -1,4 +1,6 @@
-"""Reading a model folder's tensors one by one and encoding each for GGUF; memory stays near the largest tensor."""
+"""Reading a model folder's tensors one by one and encoding each for GGUF; memory stays near the largest
+tensor.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,12 @@ from longrope_export.formats.safetensors_header import SafetensorsTensor, read_s
 Array32 = npt.NDArray[np.float32]
 
 # dtype option → (ggml type's name, general.file_type as in llama.h's llama_ftype)
-DTYPES: Mapping[str, tuple[str, int]] = {"f32": ("F32", 0), "f16": ("F16", 1), "bf16": ("BF16", 32), "q8_0": ("Q8_0", 7)}
+DTYPES: Mapping[str, tuple[str, int]] = {
+    "f32": ("F32", 0),
+    "f16": ("F16", 1),
+    "bf16": ("BF16", 32),
+    "q8_0": ("Q8_0", 7),
+}
 _Q8_0_BLOCK = 32
 
 
@@ -54,7 +61,9 @@ def read_stored(tensor: StoredTensor) -> Array32:
         wide = np.frombuffer(raw, "<u2").astype(np.uint32)
         wide <<= 16
         return wide.view(np.float32).reshape(tensor.info.shape)
-    raise UnsupportedModelError(f"{tensor.path} holds weights in {tensor.info.dtype}; save the model in bfloat16 or float32")
+    raise UnsupportedModelError(
+        f"{tensor.path} holds weights in {tensor.info.dtype}; save the model in bfloat16 or float32"
+    )
 
 
 def ggml_type(shape: tuple[int, ...], dtype: str) -> str:
@@ -84,14 +93,18 @@ def encode(values: Array32, name: str, tensor: str) -> npt.NDArray[Any]:
         with np.errstate(over="ignore"):
             half = values.astype(np.float16)
         if np.isfinite(values).all() and not np.isfinite(half).all():
-            raise NumericalError(f"the tensor {tensor} has values beyond float16's range; convert with --dtype bf16")
+            raise NumericalError(
+                f"the tensor {tensor} has values beyond float16's range; convert with --dtype bf16"
+            )
         return half
     encoded: npt.NDArray[Any] = quantize(values, GGMLQuantizationType[name])
     return encoded
 
 
 def permute_pairs(values: Array32, heads: int) -> Array32:
-    """Rows of a q or k weight (or bias) from transformers' pairs (i, i + d/2) to llama.cpp's (2i, 2i + 1), per head."""
+    """Rows of a q or k weight (or bias) from transformers' pairs (i, i + d/2) to llama.cpp's (2i, 2i + 1),
+    per head.
+    """
     rows = values.shape[0]
     split = values.reshape(heads, 2, rows // heads // 2, *values.shape[1:])
     return np.ascontiguousarray(split.swapaxes(1, 2)).reshape(values.shape)

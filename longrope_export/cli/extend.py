@@ -54,9 +54,13 @@ def extend(**options: Any) -> None:
 
     as_json, dry_run = options.pop("as_json"), options.pop("dry_run")
     command = " ".join(["longrope", *map(shlex.quote, sys.argv[1:])])
-    result = run_extend(
-        ExtendOptions(command=command, **options), report=lambda line: click.echo(line, err=True), dry_run=dry_run
-    )
+    try:
+        result = run_extend(
+            ExtendOptions(command=command, **options), report=lambda line: click.echo(line, err=True), dry_run=dry_run
+        )
+    except KeyboardInterrupt:
+        click.echo(f"stopped; what was measured is kept. To continue:\n  {command}", err=True)
+        sys.exit(130)
     if as_json:
         print_json(result)
     else:

@@ -9,10 +9,11 @@ from typing import Any
 import click
 
 from longrope_export import __version__
-from longrope_export.errors import LongRopeError
+from longrope_export.errors import LongRopeError, MissingDependencyError
 
 # name → (module, attribute, one line for --help); kept here so that --help imports no command.
 COMMANDS = {
+    "demo": ("demo", "demo", "The whole job on the embedded model, in a few minutes."),
     "extend": ("extend", "extend", "Give a model a longer window: find factors, embed them, check them."),
     "plan": ("plan", "plan", "Will it fit? Cache size, memory and time at the longer window."),
     "describe": ("describe", "describe", "Show a model's RoPE, window, scaling and which runtimes honour factors."),
@@ -22,6 +23,16 @@ COMMANDS = {
     "export": ("export", "export", "Write an HF folder and a GGUF from one model and one record."),
     "read": ("read", "read", "Give the scaling record back from any file that carries one."),
     "verify": ("verify", "verify", "Prove that transformers and llama.cpp apply the embedded factors."),
+}
+
+
+# Top-level module → the extra that installs it.
+EXTRAS = {
+    **dict.fromkeys(("torch", "transformers", "safetensors", "tokenizers", "accelerate"), "model"),
+    "xllamacpp": "runtime",
+    "peft": "train",
+    "matplotlib": "plot",
+    "ray": "ray",
 }
 
 
@@ -61,7 +72,19 @@ def cli() -> None:
 def main(arguments: list[str] | None = None) -> Any:
     """Entry point: user errors become one line on stderr and exit code 1; bugs keep their traceback."""
     try:
-        return cli.main(args=arguments, prog_name="longrope")
+        return _run(arguments)
     except LongRopeError as error:
         click.echo(f"longrope: {error}", err=True)
         sys.exit(1)
+
+
+def _run(arguments: list[str] | None) -> Any:
+    try:
+        return cli.main(args=arguments, prog_name="longrope")
+    except ModuleNotFoundError as error:
+        module = (error.name or "").split(".")[0]
+        if module not in EXTRAS:
+            raise
+        raise MissingDependencyError(
+            f"this command needs {module}: pip install 'longrope-export[{EXTRAS[module]}]'"
+        ) from error

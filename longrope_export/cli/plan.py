@@ -77,12 +77,10 @@ def _estimate_rows(plan: Plan, estimate: Estimate) -> list[tuple[str, str]]:
     basis = f"{estimate.dtype}, {estimate.threads} threads"
     if estimate.longest < plan.target:
         basis += f", extrapolated from {estimate.longest:,} tokens: expect it to be off by tens of percent"
-    rows = []
-    if estimate.seconds is not None:
-        rows.append(("one evaluation", f"{duration(estimate.seconds)} ({basis})"))
-        rows.append(
-            ("one gradient step", f"about {duration(3 * estimate.seconds)} a text (three evaluations)")
-        )
+    rows = [("one evaluation", f"{duration(estimate.seconds)} ({basis})")]
+    if estimate.seconds > 1.2 * estimate.quiet_seconds:
+        rows.append(("", f"about {duration(estimate.quiet_seconds)} without the other programs that run now"))
+    rows.append(("one gradient step", f"about {duration(3 * estimate.seconds)} a text (three evaluations)"))
     if estimate.peak_bytes is not None:
         rows.append(
             ("evaluation's peak memory", f"{size(estimate.peak_bytes)}{_verdict(plan.fits['evaluation'])}")

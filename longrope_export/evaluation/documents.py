@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -93,7 +94,9 @@ def load_tokenizer(model: str | os.PathLike[str]) -> Any:
 
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Token ids of `text` as plain text: nothing is added, and `<s>` in the text is three characters, no control."""
-    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"])
+    return list(
+        tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    )
 
 
 def bos_ids(tokenizer: Any) -> list[int]:
@@ -102,64 +105,74 @@ def bos_ids(tokenizer: Any) -> list[int]:
 
 
 def evaluation_rows(
-    paths: Sequence[str | os.PathLike[str]], tokenizer: Any, length: int, documents: int | None = None
+    paths: Sequence[str | os.PathLike[str]],
+    tokenizer: Any,
+    length: int,
+    documents: int | None = None,
+    *,
+    at_most: int | None = None,
 ) -> list[Row]:
     """Rows of exactly `length` tokens from text files and folders; see `rows_from_texts`."""
-    return rows_from_texts(((str(path), read_text(path)) for path in find_text_files(paths)), tokenizer, length, documents)
+    texts = ((str(path), read_text(path)) for path in find_text_files(paths))
+    return rows_from_texts(texts, tokenizer, length, documents, at_most=at_most)
 
 
 def rows_from_texts(
-    texts: Iterable[tuple[str, str]], tokenizer: Any, length: int, documents: int | None = None
+    texts: Iterable[tuple[str, str]],
+    tokenizer: Any,
+    length: int,
+    documents: int | None = None,
+    *,
+    at_most: int | None = None,
 ) -> list[Row]:
     """Rows `[BOS if the tokenizer has one] + tokens`, each exactly `length` tokens, from (name, text) pairs.
 
-    Every text that is long enough gives its beginning, in the given order; when that is fewer than `documents`,
-    second pieces follow in the same order, then third ones: pieces of one text are consecutive and disjoint. Without
-    `documents`, one row per text that is long enough. Texts that are too short are passed over. Raises
-    `TextTooShortError`, naming the longest text and its tokens, when the rows do not suffice.
+    Every text that is long enough gives its beginning, in the given order; when that is fewer than
+    `documents`, second pieces follow in the same order, then third ones: pieces of one text are consecutive
+    and disjoint. Without `documents`, one row per text that is long enough, `at_most` many. Texts that are too
+    short are passed over. Raises `TextTooShortError`, naming the longest text and its tokens, when the rows do
+    not suffice.
     """
     if length < 2 or (documents is not None and documents < 1):
-        raise TextTooShortError(f"{documents} documents of {length} tokens cannot be measured; ask for at least 1 of 2")
+        raise TextTooShortError(f"{documents} documents of {length} tokens: at least 1 of 2 tokens is needed")
     bos = bos_ids(tokenizer)
     body = length - len(bos)
+    enough, each = documents or at_most, documents or 1
     pieces: list[list[Row]] = []
-    longest, most = "", -1
+    longest, most = "the data", 0
     for name, text in texts:
         ids = encode(tokenizer, text)
-        if len(ids) > most:
-            longest, most = name, len(ids)
-        pieces.append(list(_pieces(name, ids, bos, body)[:documents]))
-        if documents is not None and sum(1 for rows in pieces if rows) >= documents:
+        if len(ids) + len(bos) > most:
+            longest, most = name, len(ids) + len(bos)
+        if rows := list(itertools.islice(_pieces(name, ids, bos, body), each)):
+            pieces.append(rows)
+        if enough is not None and len(pieces) >= enough:
             break
-    return _enough(_round_robin(pieces, documents), length, documents, longest, most + len(bos))
+    rows = _round_robin(pieces)[:documents]
+    if len(rows) < (documents or 1):
+        raise TextTooShortError(_too_short(len(rows), length, documents, longest, most))
+    return rows
 
 
-def _pieces(name: str, ids: list[int], bos: list[int], body: int) -> list[Row]:
-    starts = range(0, len(ids) - body + 1, body)
-    return [
-        Row(name if start == 0 else f"{name}#{start // body + 1}", np.array(bos + ids[start : start + body]))
-        for start in starts
-    ]
+def _pieces(name: str, ids: list[int], bos: list[int], body: int) -> Iterator[Row]:
+    for number, start in enumerate(range(0, len(ids) - body + 1, body), 1):
+        yield Row(name if number == 1 else f"{name}#{number}", np.array(bos + ids[start : start + body]))
 
 
-def _round_robin(pieces: list[list[Row]], documents: int | None) -> list[Row]:
-    if documents is None:
-        return [rows[0] for rows in pieces if rows]
-    rounds = max((len(rows) for rows in pieces), default=0)
-    return [rows[turn] for turn in range(rounds) for rows in pieces if turn < len(rows)][:documents]
+def _round_robin(pieces: list[list[Row]]) -> list[Row]:
+    rounds = itertools.zip_longest(*pieces)
+    return [row for turn in rounds for row in turn if row is not None]
 
 
-def _enough(rows: list[Row], length: int, documents: int | None, longest: str, most: int) -> list[Row]:
-    if rows and len(rows) >= (documents or 1):
-        return rows
-    if not rows:
-        raise TextTooShortError(
-            f"{longest or 'the data'} has {max(most, 0):,} tokens and is the longest text; {length:,} are needed: "
-            "give a longer text or ask for a shorter length"
+def _too_short(rows: int, length: int, documents: int | None, longest: str, most: int) -> str:
+    if rows == 0:
+        return (
+            f"{longest} has {most:,} tokens and is the longest text; {length:,} are needed: give a longer text "
+            "or ask for a shorter length"
         )
-    raise TextTooShortError(
-        f"the texts hold {len(rows)} pieces of {length:,} tokens and {documents} documents were asked for (the longest is "
-        f"{longest} with {most:,} tokens): give more text or ask for fewer documents"
+    return (
+        f"the texts give {rows} rows of {length:,} tokens and {documents} documents were asked for (the longest, "
+        f"{longest}, has {most:,} tokens): give more text or ask for fewer documents"
     )
 
 

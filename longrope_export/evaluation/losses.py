@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,8 @@ def token_losses(
     hidden = body_states(model, input_ids, positions)[0, :-1]
     targets = input_ids[0, 1:].to(hidden.device)
     losses = [
-        _chunk_losses(model, states, wanted) for states, wanted in zip(hidden.split(chunk), targets.split(chunk))
+        _chunk_losses(model, states, wanted)
+        for states, wanted in zip(hidden.split(chunk), targets.split(chunk))
     ]
     return torch.cat(losses)
 
@@ -69,8 +71,14 @@ def head_logits(model: nn.Module, states: Tensor) -> Tensor:
     return logits
 
 
+# Models whose head is known to be understood: one small forward pass per model is enough.
+_checked: WeakSet[nn.Module] = WeakSet()
+
+
 def check_head(model: nn.Module) -> None:
     """Raise `UnsupportedModelError` when body plus `head_logits` are not the logits that the model itself gives."""
+    if model in _checked:
+        return
     ids = torch.tensor([[1, 2, 3]], device=next(model.parameters()).device)
     with torch.no_grad():
         own = model(input_ids=ids, use_cache=False).logits[0].float()
@@ -80,6 +88,7 @@ def check_head(model: nn.Module) -> None:
             f"{type(model).__name__} changes its logits after lm_head in a way that is not known here; "
             "its perplexity would be wrong"
         )
+    _checked.add(model)
 
 
 def _chunk_losses(model: nn.Module, states: Tensor, targets: Tensor) -> Tensor:

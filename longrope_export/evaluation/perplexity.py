@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from longrope_export.errors import NumericalError, TextTooShortError, UnsupportedModelError
 from longrope_export.evaluation.documents import Row, iter_ids
 from longrope_export.evaluation.losses import check_head, token_losses
+from longrope_export.evaluation.passes import forward_lengths, original_window, rotation_of
 
-__all__ = ["LengthResult", "PerplexityResult", "SpanResult", "evaluate_perplexity", "forward_lengths", "token_losses"]
+__all__ = ["LengthResult", "PerplexityResult", "SpanResult", "evaluate_perplexity", "token_losses"]
+
 
 @dataclass(frozen=True)
 class LengthResult:
@@ -65,7 +67,9 @@ class PerplexityResult:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form without the per-token losses."""
         return {
-            "lengths": [dict(vars(result), document_nll=list(result.document_nll)) for result in self.lengths],
+            "lengths": [
+                dict(vars(result), document_nll=list(result.document_nll)) for result in self.lengths
+            ],
             "spans": [dict(vars(span)) for span in self.spans],
             "documents": list(self.documents),
             "forward_passes": self.forward_passes,
@@ -82,13 +86,13 @@ def evaluate_perplexity(
     lengths: Sequence[int],
     *,
     chunk: int = 512,
-    factor_set: Callable[[int], Hashable] | None = None,
+    rotation: Callable[[int], Hashable] | None = None,
     span_edges: Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> PerplexityResult:
     """Perplexity of `model` on `rows` (token ids, each at least as long as the longest length) at every length.
 
-    Lengths that use the same rotation share one forward pass per document: `factor_set(length)` names the rotation
+    Lengths that use the same rotation share one forward pass per document: `rotation(length)` names it
     (default: `rotation_of(model)`). `progress(done, all)` counts tokens × documents.
     Raises `TextTooShortError`, `NumericalError` for a NaN or infinite loss, and `UnsupportedModelError`.
     """
@@ -97,12 +101,14 @@ def evaluate_perplexity(
     names = tuple(row.name if isinstance(row, Row) else f"row {index}" for index, row in enumerate(rows))
     _check_rows(model, ids, names, ordered[-1])
     check_head(model)
-    passes = forward_lengths(ordered, factor_set or rotation_of(model))
+    passes = forward_lengths(ordered, rotation or rotation_of(model))
     started = time.perf_counter()
     losses = _run(model, ids, names, sorted(set(passes.values())), chunk, progress)
     return PerplexityResult(
         lengths=tuple(_at_length(losses[passes[length]], length) for length in ordered),
-        spans=tuple(_spans(losses[ordered[-1]], span_edges or default_span_edges(ordered[-1], _window(model)))),
+        spans=tuple(
+            _spans(losses[ordered[-1]], span_edges or default_span_edges(ordered[-1], original_window(model)))
+        ),
         losses=losses,
         documents=names,
         forward_passes=len(losses) * len(ids),
@@ -110,38 +116,9 @@ def evaluate_perplexity(
     )
 
 
-def forward_lengths(lengths: Sequence[int], factor_set: Callable[[int], Hashable]) -> dict[int, int]:
-    """The length of the forward pass that serves each length: the longest one with the same rotation."""
-    longest: dict[Hashable, int] = {}
-    for length in sorted(lengths):
-        longest[factor_set(length)] = length
-    return {length: longest[factor_set(length)] for length in lengths}
-
-
-def rotation_of(model: Any) -> Callable[[int], Hashable]:
-    """Which rotation `model` applies to a whole row of a given length, as a key; equal keys share a forward pass."""
-    rope = getattr(model.config, "rope_parameters", None) or {}
-    kinds = {entry.get("rope_type", "default") for entry in _rope_entries(rope)}
-    window = min((entry.get("original_max_position_embeddings") or _window(model)) for entry in _rope_entries(rope))
-    if "dynamic" in kinds:
-        return lambda length: max(length, window)
-    if "longrope" in kinds:
-        return lambda length: length > window
-    return lambda length: 0
-
-
-def _rope_entries(rope: dict[str, Any]) -> list[dict[str, Any]]:
-    nested = [entry for entry in rope.values() if isinstance(entry, dict)]
-    return nested or [rope]
-
-
-def _window(model: Any) -> int:
-    return int(getattr(model.config, "max_position_embeddings", 0) or 0)
-
-
 def default_span_edges(longest: int, window: int) -> list[int]:
     """Edges 0…longest in steps of the window doubled or halved until there are 8 to 15 whole steps."""
-    step = window if 0 < window else longest
+    step = window if window > 0 else longest
     while step * 8 > longest and step > 1:
         step = step // 2
     while step * 16 <= longest:

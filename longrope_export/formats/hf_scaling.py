@@ -133,19 +133,22 @@ def _record(values: Mapping[str, Any], family: Family, rope: HfRope) -> RopeScal
         rotary_dim=rotary_dim(family, head_dim(family, values), rope.partial_rotary_factor),
         original_max_position_embeddings=original,
         max_position_embeddings=window,
-        long_factor=rope.parameters.get("long_factor", ()),
-        short_factor=_required(rope.parameters, "short_factor"),
+        long_factor=_numbers(rope.parameters, "long_factor"),
+        short_factor=_numbers(rope.parameters, "short_factor"),
         long_attention_factor=attention,
         short_attention_factor=attention,
     )
     return replace(scaling, provenance={"source": "config.json rope_parameters"})
 
 
-def _required(parameters: Mapping[str, Any], name: str) -> Any:
+def _numbers(parameters: Mapping[str, Any], name: str) -> tuple[float, ...]:
     value = parameters.get(name)
     if not isinstance(value, list) or not value:
         raise InputFileError(f"config.json: {name} is {short(value)}; longrope needs a list of numbers")
-    return value
+    for index, item in enumerate(value):
+        if isinstance(item, bool) or not isinstance(item, (int, float)):
+            raise InputFileError(f"config.json: {name}[{index}] is {short(item)}; it must be a number")
+    return tuple(value)
 
 
 def _attention_factor(parameters: Mapping[str, Any], original: int, window: int) -> float:

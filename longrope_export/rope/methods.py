@@ -262,7 +262,7 @@ def existing_from_scaling(scaling: RopeScaling | None) -> Factors | None:
 
 
 def existing_of(description: ModelDescription) -> Factors | None:
-    """What a described model applies inside its window, for `method_scaling(existing=…)`; None for plain RoPE.
+    """What a described model applies inside its window, for `method_scaling(existing=…)`; None: plain RoPE.
 
     Raises `UnsupportedModelError` as `existing_from_scaling`.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -89,8 +89,8 @@ class GradientDescent:
         self._rates = np.append(np.ones(len(start.factors)), options.attention_rate if learn_attention else 0.0)
         self._project()
         self._adam = _Adam(len(self._position))
-        self._order = _endless_shuffle(documents, generator)
-        self._documents, self._validation, self._parts = documents, validation_documents, parts
+        self._shuffle = _Shuffle(documents, generator)
+        self._validation, self._parts = validation_documents, parts
         self._step = 0
         self._path: list[Array] = []
         self._checkpoint: Candidate | None = None
@@ -104,7 +104,7 @@ class GradientDescent:
         if self._step >= self._plan.steps or self._stalled():
             return []
         here = self._candidate(self._position)
-        documents = [next(self._order) for _ in range(self._plan.documents_per_step)]
+        documents = self._shuffle.deal(self._plan.documents_per_step)
         return [Trial(here, self._parts[0], document, gradient=True) for document in documents]
 
     def tell(self, outcomes: Sequence[Outcome]) -> None:
@@ -195,6 +195,16 @@ def _mean_gradient(outcomes: Sequence[Outcome]) -> Array:
     return np.asarray(gradients.mean(axis=0))
 
 
-def _endless_shuffle(count: int, generator: np.random.Generator) -> Iterator[int]:
-    while True:
-        yield from (int(index) for index in generator.permutation(count))
+class _Shuffle:
+    """Deals documents from one seeded shuffle after another; a hand never holds a document twice while it need not."""
+
+    def __init__(self, count: int, generator: np.random.Generator) -> None:
+        self._count, self._generator = count, generator
+        self._queue: list[int] = []
+
+    def deal(self, size: int) -> list[int]:
+        while len(self._queue) < size:
+            order = self._generator.permutation(self._count).tolist()
+            self._queue += sorted(order, key=lambda document: document in self._queue)
+        hand, self._queue = self._queue[:size], self._queue[size:]
+        return hand

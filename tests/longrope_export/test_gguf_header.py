@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
 import time
@@ -107,7 +108,7 @@ def test_spans_cover_the_header_without_gaps(save: Save) -> None:
     header = read_gguf_header(save(raw))
     spans = [(item.start, item.end) for item in (*header.metadata.values(), *header.tensors)]
     assert spans[0][0] == header.kv_start == 24
-    assert all(left[1] == right[0] for left, right in zip(spans, spans[1:]))
+    assert all(left[1] == right[0] for left, right in itertools.pairwise(spans))
     assert spans[-1][1] == header.infos_end
     assert raw[slice(*spans[0])] == entry("general.architecture", STRING, text("llama"))
 
@@ -116,8 +117,9 @@ def test_every_value_type_as_the_reference_reads_it(tmp_path: Path) -> None:
     path = tmp_path / "all.gguf"
     writer = GGUFWriter(path, "llama")
     scalars: dict[GGUFValueType, Any] = {
-        GGUFValueType.UINT8: 200, GGUFValueType.INT8: -3, GGUFValueType.UINT16: 60000, GGUFValueType.INT16: -300,
-        GGUFValueType.UINT32: 4_000_000_000, GGUFValueType.INT32: -70000, GGUFValueType.FLOAT32: 0.1,
+        GGUFValueType.UINT8: 200, GGUFValueType.INT8: -3, GGUFValueType.UINT16: 60000,
+        GGUFValueType.INT16: -300, GGUFValueType.UINT32: 4_000_000_000,
+        GGUFValueType.INT32: -70000, GGUFValueType.FLOAT32: 0.1,
         GGUFValueType.BOOL: True, GGUFValueType.STRING: "grüß", GGUFValueType.UINT64: 2**63 + 1,
         GGUFValueType.INT64: -(2**40), GGUFValueType.FLOAT64: 1e-300,
     }  # fmt: skip
@@ -146,26 +148,6 @@ def test_every_value_type_as_the_reference_reads_it(tmp_path: Path) -> None:
     assert header.tensor("absent") is None
 
 
-def test_smollm2_agrees_with_the_reference_reader(smollm2: Path) -> None:
-    header, reference = read_gguf_header(smollm2), GGUFReader(smollm2)
-    assert header.data_start == reference.data_offset
-    expected = [(t.name, tuple(map(int, t.shape)), int(t.tensor_type), t.n_bytes) for t in reference.tensors]
-    assert [(t.name, t.shape, t.ggml_type, t.size) for t in header.tensors] == expected
-    assert [header.data_start + t.offset for t in header.tensors] == [
-        t.data_offset for t in reference.tensors
-    ]
-    keys = [key for key in reference.fields if not key.startswith("GGUF.")]
-    assert list(header.metadata) == keys
-    for key in keys:
-        if not header.metadata[key].is_array:
-            assert header.get(key) == reference.fields[key].contents(), key
-            continue
-        ours, field = header.read_array(key), reference.fields[key]
-        assert len(ours) == len(field.data)
-        for index in {0, 1, len(ours) // 2, len(ours) - 1} if len(ours) > 1 else {0}:
-            assert ours[index] == field.contents(index), (key, index)
-
-
 def test_arrays_of_strings_that_are_not_utf8_come_back_bit_for_bit(save: Save) -> None:
     header = read_gguf_header(save(gguf([array("t", STRING, 2, text(b"\xff\x00") + text(b"ok"))], [])))
     assert [item.encode(errors="surrogateescape") for item in header.read_array("t")] == [b"\xff\x00", b"ok"]
@@ -182,7 +164,7 @@ def test_truncation_at_every_byte_says_so(save: Save) -> None:
     raw = small()
     read_gguf_header(save(raw))
     for length in range(len(raw)):
-        with pytest.raises(InputFileError, match="truncated|empty") as caught:
+        with pytest.raises(InputFileError, match=r"truncated|empty") as caught:
             read_gguf_header(save(raw[:length]))
         if length:
             assert f"the file has {length:,}" in str(caught.value)

@@ -1,0 +1,147 @@
+"""`longrope search`: find the factors of a longer window and write them as longrope.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from longrope_export.cli.common import LENGTH, print_json
+
+if TYPE_CHECKING:
+    from longrope_export.search.factors import SearchResult
+    from longrope_export.search.run import SearchConfig
+
+
+def _numbers(ctx: click.Context, param: click.Parameter, text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{text!r}: write whole numbers with commas, such as 0,4,16", ctx, param) from None
+
+
+def _names(ctx: click.Context, param: click.Parameter, text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(part.strip() for part in text.split(","))
+
+
+# Every option's default is None: what is not given keeps the default of `SearchConfig`, which is the only place for it.
+@click.command(short_help="Search the rescale factors for a longer window.")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--to", "target", required=True, type=LENGTH, help="New window: 32k, 16384, or 4x the present one.")
+@click.option("--data", required=True, multiple=True, type=click.Path(path_type=Path),
+              help="Texts to search on: files or folders; repeatable.")
+@click.option("--out", required=True, type=click.Path(path_type=Path),
+              help="Folder for longrope.json and the journal; the same folder continues a stopped search.")
+@click.option("--strategy", type=click.Choice(["gradient", "evolution"]),
+              help="Descent on log λ, or LongRoPE's Algorithm 1.  [default: gradient]")
+@click.option("--budget", help="Time (90s, 45m, 1.5h) or number of evaluations.  [default: from a probe]")
+@click.option("--documents", type=int, help="Documents to search on.  [default: 4]")
+@click.option("--validation-documents", type=int, help="Documents that only choose.  [default: 2]")
+@click.option("--seed", type=int, help="Seed of everything random.  [default: 0]")
+@click.option("--for", "runtime", type=click.Choice(["auto", "hf", "gguf"]),
+              help="Search only what this target can hold.  [default: auto, by the model's kind]")
+@click.option("--attention", help="Attention factor to begin with: method, su, yarn or a number."
+              "  [default: each closed form's own; su for evolution; 1.0 for gguf]")
+@click.option("--short", type=click.Choice(["search", "original"]),
+              help="Factors inside the window: search them, or keep the original ones.  [default: search]")
+@click.option("--short-share", type=float, help="Share of the budget for the short set.  [default: 0.1]")
+@click.option("--short-margin", type=float,
+              help="The original short set stays unless perplexity falls by more than this share.  [default: 0.002]")
+@click.option("--start-tokens", callback=_numbers, metavar="N,N…", help="Values of n̂ to try; 0 tries none.")
+@click.option("--baselines", callback=_names, metavar="NAME,NAME…",
+              help="Closed forms to start from and to beat.  [default: yarn,ntk,pi,critical-dim]")
+@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+              help="Of the weights.  [default: auto: float32 up to 50 M parameters, else bfloat16]")
+@click.option("--threads", type=int, help="CPU threads.  [default: torch's]")
+@click.option("--init", type=click.Path(path_type=Path), help="gradient: start from this longrope.json.")
+@click.option("--learn-attention/--no-learn-attention", default=None,
+              help="gradient: descend on the attention factor too.  [default: yes, no for gguf]")
+@click.option("--constraint", type=click.Choice(["none", "monotone", "paper"]),
+              help="gradient: keep λ non-decreasing, or also within the paper's bounds.  [default: none]")
+@click.option("--learning-rate", type=float, help="gradient: largest step of log λ.  [default: 0.08]")
+@click.option("--attention-rate", type=float, help="gradient: the same for the attention factor, as a share.  [default: 0.25]")
+@click.option("--warm-up", type=float, help="gradient: share of the steps with a rising rate.  [default: 0.1]")
+@click.option("--trust-region", type=float, help="gradient: no log λ moves further in a step.  [default: 0.15]")
+@click.option("--average", type=float, help="gradient: share of the last steps that is averaged.  [default: 0.3]")
+@click.option("--patience", type=int, help="gradient: checkpoints without a better one before it stops.  [default: 3]")
+@click.option("--documents-per-step", type=int, help="gradient: documents a step.  [default: grows with the budget]")
+@click.option("--bound", type=float, help="Largest λ, as a multiple of s (evolution, constraint paper).  [default: 1.25]")
+@click.option("--step", type=float, help="evolution: grid of λ.  [default: 0.01]")
+@click.option("--population", type=int, help="evolution: P.  [default: 64]")
+@click.option("--iterations", type=int, help="evolution: T.  [default: 40]")
+@click.option("--mutations", type=int, help="evolution: N1.  [default: 16]")
+@click.option("--crossovers", type=int, help="evolution: N2.  [default: 16]")
+@click.option("--parents", type=int, help="evolution: k.  [default: 32]")
+@click.option("--mutation-probability", type=float, help="evolution: p.  [default: 0.3]")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")  # fmt: skip
+def search(as_json: bool, **options: Any) -> None:
+    """Search RoPE rescale factors that make MODEL (an HF folder or a GGUF file) work at a longer window.
+
+    Leaves OUT/longrope.json, and OUT/journal.jsonl with everything that was measured: after Ctrl-C or a crash, the same
+    command continues where it stopped and ends with the same factors, bit for bit.
+
+    \b
+    Examples:
+      longrope search model.gguf --to 4x --data book.txt --out factors
+      longrope search ./Llama-3.2-1B --to 32k --data texts/ --budget 1h --out factors
+      longrope search ./model --to 8x --data texts/ --strategy evolution --out factors
+      longrope patch model.gguf --scaling factors/longrope.json --out longer.gguf
+    """
+    from longrope_export.search.progress import SearchProgress
+    from longrope_export.search.run import run_search
+
+    config = search_config(options)
+    try:
+        with SearchProgress() as progress:
+            result = run_search(config, progress)
+    except KeyboardInterrupt:
+        command = " ".join(["longrope", *map(shlex.quote, sys.argv[1:])])
+        click.echo(f"stopped; what was measured is kept. To continue:\n  {command}", err=True)
+        sys.exit(130)
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        click.echo("\n".join(_lines(result, config)))
+
+
+def search_config(options: dict[str, Any]) -> SearchConfig:
+    """The configuration that the given options (None: not given) ask for; raises `LongRopeError` for a bad value."""
+    from longrope_export.search.run import SearchConfig
+    from longrope_export.search.strategies.evolution import EvolutionOptions
+    from longrope_export.search.strategies.gradient import GradientOptions
+
+    given = {name: value for name, value in options.items() if value is not None}
+
+    def those_of(record: Any, strategy: str) -> dict[str, Any]:
+        own = {field.name: given.pop(field.name) for field in dataclasses.fields(record) if field.name in given}
+        if own and given.get("strategy", SearchConfig.strategy) != strategy:
+            raise click.UsageError(f"--{next(iter(own)).replace('_', '-')} belongs to --strategy {strategy}")
+        return own
+
+    evolution = EvolutionOptions(**those_of(EvolutionOptions, "evolution"))
+    gradient = GradientOptions(**those_of(GradientOptions, "gradient"))
+    return SearchConfig(**given, evolution=evolution, gradient=gradient)
+
+
+def _lines(result: SearchResult, config: SearchConfig) -> list[str]:
+    scaling = result.scaling
+    window, target = scaling.original_max_position_embeddings, scaling.max_position_embeddings
+    scores = sorted(result.validation_perplexity.items(), key=lambda item: item[1])
+    name = max((len(name) for name, _ in scores), default=0)
+    return [
+        f"{window:,} → {target:,} tokens: {result.chosen} long factors, {result.short_chosen} short factors",
+        f"perplexity on {config.validation_documents} validation documents of {target:,} tokens:",
+        *(f"  {label:<{name}}  {perplexity:.3f}" for label, perplexity in scores),
+        f"long factors {min(scaling.long_factor):.3f} to {max(scaling.long_factor):.3f}, "
+        f"attention factor {scaling.long_attention_factor:.4f}, start tokens {scaling.long_start_tokens}",
+        f"{result.evaluations:.1f} evaluations of {config.documents} documents "
+        f"(and {result.validation_evaluations:.1f} to choose)",
+        *(f"note: {line}" for line in result.notes),
+        f"written: {config.out}/longrope.json",
+    ]

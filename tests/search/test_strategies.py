@@ -1,0 +1,285 @@
+"""The two strategies through their ask/tell protocol, on functions whose optimum is known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from longrope_export.errors import NumericalError, ScalingError
+from longrope_export.search.evaluator import Evaluator
+from longrope_export.search.executors import InProcess
+from longrope_export.search.protocol import SEARCH, VALIDATION, Executor, Outcome, Strategy, Trial
+from longrope_export.search.space import Candidate, PaperSpace, RopeNumbers, closed_form
+from longrope_export.search.strategies.evolution import Evolution, EvolutionOptions
+from longrope_export.search.strategies.gradient import Descent, GradientDescent, GradientOptions, isotonic
+
+NUMBERS = RopeNumbers(rope_theta=10000.0, rotary_dim=16, window=256, target=1024)
+GOAL = np.log([1.0, 1.0, 1.3, 2.0, 3.0, 4.0, 4.5, 4.2])
+GOAL_ATTENTION = math.log(1.1)
+DOCUMENTS = 3
+
+
+class Bowl:
+    """A quadratic in (log λ, log attention, n̂), shifted a little by the document."""
+
+    def measure(self, trial: Trial) -> Outcome:
+        offset = np.log(trial.candidate.factors) - GOAL - 0.01 * trial.document
+        attention = math.log(trial.candidate.attention_factor) - GOAL_ATTENTION
+        loss = float(offset @ offset) + attention**2 + 1e-4 * abs(trial.candidate.start_tokens - 16)
+        gradient = (*(2.0 * offset), 2.0 * attention)
+        return Outcome(loss, gradient if trial.gradient else None)
+
+
+class LastFirst:
+    """An executor whose results arrive in the opposite order."""
+
+    def run(self, trials: Sequence[Trial]) -> Iterator[tuple[int, Outcome]]:
+        for index in reversed(range(len(trials))):
+            yield index, Bowl().measure(trials[index])
+
+
+def _evaluator(executor: Executor | None = None, seen: list[Trial] | None = None) -> Evaluator:
+    sizes = {SEARCH: DOCUMENTS, VALIDATION: 2}
+    observer = (lambda trial, outcome, now: seen.append(trial)) if seen is not None else None
+    return Evaluator(executor or InProcess(Bowl()), sizes, observer=observer)
+
+
+def _run(strategy: Strategy, executor: Executor | None = None) -> list[Trial]:
+    seen: list[Trial] = []
+    _evaluator(executor, seen).run(strategy)
+    return seen
+
+
+def _evolution(evaluations: int = 10_000, seed: int = 0, space: PaperSpace | None = None, **options: Any) -> Evolution:
+    small = {"population": 8, "iterations": 4, "mutations": 3, "crossovers": 2, "parents": 4, **options}
+    return Evolution(
+        space or PaperSpace(8, 5.0),
+        [closed_form(name, NUMBERS) for name in ("pi", "ntk", "yarn")],
+        EvolutionOptions(**small),
+        documents=DOCUMENTS, evaluations=evaluations, attention_factor=1.125, generator=np.random.default_rng(seed),
+    )  # fmt: skip
+
+
+def _descent(plan: Descent, seed: int = 0, start: Candidate | None = None, learn: bool = True, **options: Any) -> GradientDescent:
+    return GradientDescent(
+        start or closed_form("pi", NUMBERS), GradientOptions(**options), plan, learn_attention=learn,
+        documents=DOCUMENTS, validation_documents=2, bound=4.2, generator=np.random.default_rng(seed),
+    )  # fmt: skip
+
+
+def _excess(candidate: Candidate) -> float:
+    return float(np.abs(np.log(candidate.factors) - GOAL).max())
+
+
+def test_algorithm_1_in_full_costs_1344_evaluations_of_distinct_candidates() -> None:
+    assert EvolutionOptions().evaluations == 1344
+    strategy = Evolution(
+        PaperSpace(8, 5.0), [closed_form(name, NUMBERS) for name in ("pi", "ntk", "yarn")], EvolutionOptions(),
+        documents=DOCUMENTS, evaluations=10_000, attention_factor=1.0, generator=np.random.default_rng(0),
+    )  # fmt: skip
+    seen = _run(strategy)
+    assert len(seen) == 1344 * DOCUMENTS
+    assert len({trial.candidate for trial in seen}) == 1344
+    assert len(strategy.history) == 41
+    assert strategy.history == sorted(strategy.history, reverse=True)
+    seeds = min(Bowl().measure(Trial(trial.candidate, SEARCH, 0)).loss for trial in seen[: 3 * DOCUMENTS])
+    assert strategy.history[-1] < 0.25 * seeds
+
+
+def test_the_first_three_candidates_are_pi_ntk_and_yarn_on_the_grid() -> None:
+    first = [trial.candidate for trial in _evolution().ask()[: 3 * DOCUMENTS : DOCUMENTS]]
+    for name, candidate in zip(("pi", "ntk", "yarn"), first):
+        expected = closed_form(name, NUMBERS).factors
+        np.testing.assert_allclose(candidate.factors, expected, atol=0.00501)
+        assert candidate.start_tokens == 0
+        assert candidate.attention_factor == 1.125
+
+
+def test_trials_come_in_candidate_and_document_order() -> None:
+    trials = _evolution().ask()
+    assert [trial.document for trial in trials] == [0, 1, 2] * 8
+    assert all(len({trial.candidate for trial in trials[start : start + 3]}) == 1 for start in range(0, 24, 3))
+
+
+@pytest.mark.parametrize("build", [_evolution, lambda seed: _descent(Descent(12, 1, 2), seed)])
+def test_a_seed_gives_one_result_and_another_seed_another(build: Any) -> None:
+    first, again, other = (_run(build(seed=seed)) for seed in (0, 0, 1))
+    assert first == again
+    assert first != other
+
+
+@pytest.mark.parametrize("build", [_evolution, lambda: _descent(Descent(12, 2, 2))])
+def test_the_result_does_not_depend_on_the_order_of_arrival(build: Any) -> None:
+    in_order, reversed_order = build(), build()
+    _run(in_order)
+    _run(reversed_order, LastFirst())
+    assert in_order.finalists() == reversed_order.finalists()
+
+
+def test_evolution_stops_at_its_budget_in_the_middle_of_a_generation() -> None:
+    assert len(_run(_evolution(evaluations=10))) == 10 * DOCUMENTS
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "evaluations"),
+    [
+        ("population", 5, 5 + 4 * 5),
+        ("iterations", 2, 8 + 2 * 5),
+        ("mutations", 1, 8 + 4 * 3),
+        ("crossovers", 0, 8 + 4 * 3),
+    ],
+)
+def test_the_sizes_of_algorithm_1(option: str, value: int, evaluations: int) -> None:
+    assert len(_run(_evolution(**{option: value}))) == evaluations * DOCUMENTS
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"parents": 2},
+        {"mutation_probability": 0.9},
+        {"space": PaperSpace(8, 5.0, step=0.1)},
+        {"space": PaperSpace(8, 4.5)},
+        {"space": PaperSpace(8, 5.0, start_tokens=(0, 7))},
+    ],
+)
+def test_other_options_of_evolution_change_what_is_proposed(change: dict[str, Any]) -> None:
+    assert [trial.candidate for trial in _run(_evolution(**change))] != [trial.candidate for trial in _run(_evolution())]
+
+
+def test_evolution_gives_up_on_an_exhausted_grid() -> None:
+    space = PaperSpace(8, 2.0, step=1.0, start_tokens=(0,))
+    # Nine non-decreasing sequences of 1 and 2 exist.
+    assert 5 <= len({trial.candidate for trial in _run(_evolution(space=space, population=64))}) <= 9
+
+
+def test_evolution_ranks_a_candidate_without_a_finite_loss_last() -> None:
+    strategy = _evolution()
+    trials = strategy.ask()
+    strategy.tell([Outcome(math.inf)] * 3 + [Outcome(2.0)] * 3 + [Outcome(1.0)] * (len(trials) - 6))
+    assert strategy.finalists() == [trials[6].candidate]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"population": 0}, {"iterations": -1}, {"mutations": -1}, {"crossovers": -1}, {"parents": 1},
+     {"mutation_probability": 0.0}, {"mutation_probability": 1.5}],
+)  # fmt: skip
+def test_evolution_s_options_are_checked(options: dict[str, Any]) -> None:
+    with pytest.raises(ScalingError, match=next(iter(options)).replace("_", ".")):
+        EvolutionOptions(**options)
+
+
+def test_the_descent_reaches_the_optimum_and_learns_the_attention_factor() -> None:
+    strategy = _descent(Descent(200, 1, 4))
+    _run(strategy)
+    best = strategy.finalists()[0]
+    assert _excess(best) < 0.05
+    assert best.attention_factor == pytest.approx(1.1, abs=0.01)
+    assert len(strategy.history) == 200
+
+
+def test_without_learning_the_attention_factor_stays() -> None:
+    start = replace(closed_form("pi", NUMBERS), attention_factor=1.25, start_tokens=8)
+    strategy = _descent(Descent(20, 1, 1), start=start, learn=False)
+    seen = _run(strategy)
+    assert {trial.candidate.attention_factor for trial in seen} == {1.25}
+    assert {trial.candidate.start_tokens for trial in seen} == {8}
+
+
+def test_every_document_is_taken_before_one_is_taken_again() -> None:
+    seen = [trial for trial in _run(_descent(Descent(9, 1, 1))) if trial.gradient]
+    assert all({trial.document for trial in seen[start : start + 3]} == {0, 1, 2} for start in (0, 3, 6))
+
+
+def test_documents_per_step_and_checkpoints_are_the_plan_s() -> None:
+    seen = _run(_descent(Descent(10, 2, 5)))
+    assert sum(trial.gradient for trial in seen) == 20
+    assert sum(not trial.gradient for trial in seen) == 5 * 2
+    assert {trial.part for trial in seen if not trial.gradient} == {VALIDATION}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"learning_rate": 0.01}, {"attention_rate": 0.5}, {"warm_up": 0.6}, {"trust_region": 0.02}, {"average": 0.9},
+     {"constraint": "monotone"}, {"constraint": "paper"}],
+)  # fmt: skip
+def test_every_option_of_the_descent_changes_its_end(options: dict[str, Any]) -> None:
+    plain, changed = _descent(Descent(60, 1, 1)), _descent(Descent(60, 1, 1), **options)
+    _run(plain)
+    _run(changed)
+    assert plain.finalists()[0] != changed.finalists()[0]
+
+
+@pytest.mark.parametrize(("constraint", "bound"), [("monotone", None), ("paper", 4.2)])
+def test_constraints_hold_at_every_step(constraint: str, bound: float | None) -> None:
+    for trial in _run(_descent(Descent(60, 1, 3), constraint=constraint)):
+        factors = trial.candidate.factors
+        assert list(factors) == sorted(factors)
+        if bound:
+            assert factors[0] >= 1.0
+            assert factors[-1] <= bound + 1e-6
+
+
+def test_without_a_constraint_the_optimum_may_fall_again() -> None:
+    strategy = _descent(Descent(80, 1, 1))
+    _run(strategy)
+    factors = strategy.finalists()[0].factors
+    assert factors[-1] < factors[-2]
+
+
+def test_no_factor_moves_further_than_the_trust_region() -> None:
+    steps = [trial.candidate for trial in _run(_descent(Descent(30, 1, 1), learning_rate=1.0, trust_region=0.03)) if trial.gradient]
+    moves = [np.abs(np.log(b.factors) - np.log(a.factors)).max() for a, b in zip(steps, steps[1:])]
+    assert 0.029 < max(moves) < 0.0301
+
+
+class _Worsening(Bowl):
+    """A descent whose validation losses only grow."""
+
+    def __init__(self) -> None:
+        self.validated = 0
+
+    def measure(self, trial: Trial) -> Outcome:
+        if trial.part != VALIDATION:
+            return super().measure(trial)
+        self.validated += 1
+        return Outcome(float(self.validated))
+
+
+@pytest.mark.parametrize(("patience", "steps"), [(1, 20), (2, 30), (9, 100)])
+def test_the_descent_stops_after_checkpoints_that_are_not_better(patience: int, steps: int) -> None:
+    seen = _run(_descent(Descent(100, 1, 10), patience=patience), InProcess(_Worsening()))
+    assert sum(trial.gradient for trial in seen) == steps
+
+
+def test_a_gradient_that_is_not_finite_is_an_error() -> None:
+    strategy = _descent(Descent(5, 1, 1))
+    strategy.ask()
+    with pytest.raises(NumericalError, match="gradient is NaN"):
+        strategy.tell([Outcome(1.0, (math.inf,) * 9)])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"learning_rate": 0.0}, {"trust_region": 0.0}, {"attention_rate": -1.0}, {"warm_up": 1.0}, {"average": 1.1},
+     {"patience": 0}, {"documents_per_step": 0}, {"constraint": "convex"}],
+)  # fmt: skip
+def test_the_descent_s_options_are_checked(options: dict[str, Any]) -> None:
+    with pytest.raises(ScalingError, match=next(iter(options))):
+        GradientOptions(**options)
+
+
+def test_isotonic_is_the_nearest_monotone_sequence() -> None:
+    assert isotonic(np.array([1.0, 3.0, 2.0, 2.0, 5.0])).tolist() == pytest.approx([1.0, 7 / 3, 7 / 3, 7 / 3, 5.0])
+    values = np.random.default_rng(0).normal(size=6)
+    ours = isotonic(values)
+    assert (np.diff(ours) >= 0).all()
+    for _ in range(500):
+        other = np.sort(ours + np.random.default_rng(_).normal(size=6) * 0.1)
+        assert ((ours - values) ** 2).sum() <= ((other - values) ** 2).sum() + 1e-12

@@ -2,8 +2,8 @@
 
     python benchmarks/patch_speed.py [--gigabytes 2.2] [--rounds 5] [--folder .]
 
-Each round runs cp and patch in turn (order alternating), both on a source in the page cache; start-up
-(`longrope --help`) is measured in the same round and subtracted from patch. Prints the ratio of the medians.
+Each round runs cp and patch in turn (order alternating), both on a source in the page cache; the median start-up
+(`longrope --help`) is subtracted from patch. Prints the median of the rounds' ratios and the child's peak memory.
 """
 
 from __future__ import annotations
@@ -18,53 +18,64 @@ import tempfile
 import time
 from pathlib import Path
 
-import gguf
-import numpy as np
+from common import machine, run_child
 
 from longrope_export.scaling import RopeScaling
 
 VOCABULARY = 151_936
 THETA = 1e6
+SHAPE = (4096, 4096)
+LONGROPE = [sys.executable, "-c", "from longrope_export.cli.main import main; main()"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Parse the options, measure, print JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=2.2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path())
+    parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.write:
+        write_model(options.write, options.gigabytes)
+        return
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="patch-speed-") as folder:
         print(json.dumps(measure(Path(folder), options.gigabytes, options.rounds), indent=2))
 
 
-def measure(folder: Path, gigabytes: float, rounds: int) -> dict[str, float]:
+def measure(folder: Path, gigabytes: float, rounds: int) -> dict[str, object]:
+    """Medians over `rounds` rounds after one that is not counted."""
     source, record = folder / "source.gguf", folder / "longrope.json"
-    write_model(source, gigabytes)
+    # in a child: the peak memory of later children counts what this process held when they were forked
+    run_child([sys.executable, __file__, "--write", str(source), "--gigabytes", str(gigabytes)])
     record.write_text(make_record().to_json())
-    copies, patches, starts, memory = [], [], [], []
+    copies, patches, starts, peaks = [], [], [], []
     for index in range(rounds + 1):
-        steps = [
-            lambda: copies.append(time_copy(source, folder / "copy.gguf")),
-            lambda: patches.append(time_patch(source, record, folder / "new.gguf", memory)),
-        ]
-        for step in steps if index % 2 else reversed(steps):
-            step()
-        starts.append(run([sys.executable, "-m", "longrope_export.cli", "--help"])[0])
-    copy, patch, start = (statistics.median(times[1:]) for times in (copies, patches, starts))
+        for step in ("copy", "patch") if index % 2 else ("patch", "copy"):
+            if step == "copy":
+                copies.append(time_copy(source, folder / "copy.gguf"))
+            else:
+                seconds, peak = time_patch(source, record, folder / "new.gguf")
+                patches.append(seconds)
+                peaks.append(peak)
+        starts.append(run_child([*LONGROPE, "--help"])[1])
+    start = statistics.median(starts)
     return {
+        "machine": machine(),
         "gigabytes": round(source.stat().st_size / 1e9, 3),
-        "copy_seconds": round(copy, 3),
-        "patch_seconds": round(patch, 3),
-        "start_seconds": round(start, 3),
-        "ratio": round((patch - start) / copy, 3),
-        "peak_megabytes": round(max(memory) / 1e6, 1),
+        "copy_seconds": [round(seconds, 2) for seconds in copies[1:]],
+        "patch_seconds": [round(seconds, 2) for seconds in patches[1:]],
+        "start_seconds": round(start, 2),
+        "ratio": round(statistics.median((p - start) / c for p, c in zip(patches[1:], copies[1:], strict=True)), 3),
+        "peak_megabytes": round(max(peaks) / 1e6, 1),
     }
 
 
 def write_model(path: Path, gigabytes: float) -> None:
     """A llama GGUF with F16 tensors of random bytes and a vocabulary of Qwen2's size."""
+    import gguf
+    import numpy as np
+
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(8192)
     writer.add_rope_dimension_count(128)
@@ -72,30 +83,28 @@ def write_model(path: Path, gigabytes: float) -> None:
     writer.add_token_list([f"token{index}" for index in range(VOCABULARY)])
     writer.add_token_types([1] * VOCABULARY)
     writer.add_token_merges([f"left{index} right{index}" for index in range(VOCABULARY)])
-    shape, count = (4096, 4096), round(gigabytes * 1e9 / (2 * 4096 * 4096))
+    size = 2 * SHAPE[0] * SHAPE[1]
+    count = round(gigabytes * 1e9 / size)
     for index in range(count):
-        writer.add_tensor_info(
-            f"blk.{index}.ffn_up.weight", shape, np.dtype(np.float16), 2 * shape[0] * shape[1]
-        )
+        writer.add_tensor_info(f"blk.{index}.ffn_up.weight", SHAPE, np.dtype(np.float16), size)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     generator = np.random.default_rng(0)
     for _ in range(count):
-        writer.write_tensor_data(
-            np.frombuffer(generator.bytes(2 * shape[0] * shape[1]), np.float16).reshape(shape)
-        )
+        writer.write_tensor_data(np.frombuffer(generator.bytes(size), np.float16).reshape(SHAPE))
     writer.close()
     os.sync()
 
 
 def make_record() -> RopeScaling:
+    """A record for `write_model`'s file."""
     return RopeScaling(
         rope_theta=THETA,
         rotary_dim=128,
         original_max_position_embeddings=8192,
         max_position_embeddings=32768,
-        long_factor=tuple(np.linspace(1, 4, 64)),
+        long_factor=tuple(1 + 3 * index / 63 for index in range(64)),
     )
 
 
@@ -108,41 +117,23 @@ def time_copy(source: Path, target: Path) -> float:
     os.fsync(descriptor)
     os.close(descriptor)
     seconds = time.perf_counter() - begin
-    target.unlink()
-    os.sync()
+    remove(target)
     return seconds
 
 
-def time_patch(source: Path, record: Path, target: Path, memory: list[int]) -> float:
-    seconds, peak = run(
-        [
-            sys.executable,
-            "-m",
-            "longrope_export.cli",
-            "patch",
-            str(source),
-            "--scaling",
-            str(record),
-            "--out",
-            str(target),
-        ]
+def time_patch(source: Path, record: Path, target: Path) -> tuple[float, int]:
+    """Seconds and peak resident bytes of `longrope patch`; the new file is removed."""
+    _, seconds, peak = run_child(
+        [*LONGROPE, "patch", str(source), "--scaling", str(record), "--out", str(target)]
     )
-    memory.append(peak)
-    target.unlink()
+    remove(target)
+    return seconds, peak
+
+
+def remove(path: Path) -> None:
+    """Remove a file and wait until the disk is quiet."""
+    path.unlink()
     os.sync()
-    return seconds
-
-
-def run(command: list[str]) -> tuple[float, int]:
-    """Seconds and peak resident bytes of a child process."""
-    begin = time.perf_counter()
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(child.pid, 0)
-    seconds = time.perf_counter() - begin
-    if status:
-        raise SystemExit(f"{' '.join(command)} failed")
-    child.returncode = 0
-    return seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 if __name__ == "__main__":

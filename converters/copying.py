@@ -21,8 +21,6 @@ def copy_range(source: BinaryIO, target: BinaryIO, start: int, length: int) -> N
     while left:
         count = source.readinto(buffer[: min(len(buffer), left)])  # type: ignore[attr-defined]
         if not count:
-            raise InputFileError(
-                f"{source.name} ended {left:,} bytes early: it changed while it was being read"
-            )
+            raise InputFileError(f"{source.name} ended {left:,} bytes early: it changed while it was being read")
         target.write(buffer[:count])
         left -= count

@@ -10,8 +10,7 @@ from pathlib import Path
 from longrope_export.converters.gguf.checks import check_patchable
 from longrope_export.converters.gguf.convert import plan_conversion, write_conversion
 from longrope_export.converters.gguf.patch import patch_gguf
-from longrope_export.converters.gguf.to_hf import gguf_to_hf_folder
-from longrope_export.converters.hf_folder import write_hf_folder
+from longrope_export.converters.hf_folder import gguf_to_hf_folder, write_hf_folder
 
 from longrope_export.files import atomic_folder, write_text
 from longrope_export.formats.gguf_header import read_gguf_header
@@ -47,9 +46,7 @@ def export_model(
     """
     path, folder = Path(source), Path(target)
     name = f"{path.resolve().name}.gguf" if path.is_dir() else path.name
-    write, losses = (_from_folder if path.is_dir() else _from_gguf)(
-        path, name, scaling, dtype, gguf, allow_lossy
-    )
+    write, losses = (_from_folder if path.is_dir() else _from_gguf)(path, name, scaling, dtype, gguf, allow_lossy)
     if not hf:
         with atomic_folder(folder) as partial:
             write(partial)
@@ -57,9 +54,7 @@ def export_model(
     elif path.is_dir():
         losses += write_hf_folder(path, folder, scaling, allow_lossy=allow_lossy, add=write)
     else:
-        losses += gguf_to_hf_folder(
-            path, folder, scaling, dtype=dtype or "f32", allow_lossy=allow_lossy, add=write
-        )
+        losses += gguf_to_hf_folder(path, folder, scaling, dtype=dtype or "f32", allow_lossy=allow_lossy, add=write)
     return ExportResult(folder, folder / name if gguf else None, list(dict.fromkeys(losses)))
 
 

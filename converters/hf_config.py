@@ -4,15 +4,20 @@ SGLang.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from longrope_export.errors import ScalingError
+from longrope_export.converters.lossy import undone_losses
+
+from longrope_export.errors import ScalingError, UnsupportedModelError
 from longrope_export.families import FULL, SLIDING, Family, family_for_config, head_dim, rotary_dim
-from longrope_export.formats.hf_config import HfRope, rope_by_layer_type, text_config
+from longrope_export.formats.hf_config import LONGROPE_TYPES, HfRope, count, rope_by_layer_type, text_config
 from longrope_export.formats.hf_scaling import RECORD_KEY
 from longrope_export.rope.formulas import longrope_attention_factor
+from longrope_export.rope.hf_types import factors_from_rope_parameters
+from longrope_export.rope.methods import Factors
 from longrope_export.scaling import RopeScaling, to_float32
 
 _ORIGINAL = "original_max_position_embeddings"
@@ -61,10 +66,27 @@ class LanguageModel:
         window = self.values["max_position_embeddings"]
         if scaling.original_max_position_embeddings in (window, self.rope.parameters.get(_ORIGINAL)):
             return []
-        return [
-            f"the record extends a window of {scaling.original_max_position_embeddings}, "
-            f"the model has {window}"
-        ]
+        return [f"the record extends a window of {scaling.original_max_position_embeddings}, the model has {window}"]
+
+    def static_factors(self) -> Factors | None:
+        """Divisors and attention factor of a static rope type (llama3, yarn, linear); None for default and
+        longrope.
+
+        Raises `UnsupportedModelError` for dynamic NTK, which is another set at every length.
+        """
+        if self.rope.rope_type in ("default", *LONGROPE_TYPES):
+            return None
+        if self.rope.rope_type == "dynamic":
+            raise UnsupportedModelError("dynamic NTK has other factors at every length; remove it from config.json")
+        window = count(self.values, "max_position_embeddings")
+        return factors_from_rope_parameters(
+            self.rope.parameters, rotary_dim=self.rotary_dim, max_position_embeddings=window
+        )
+
+    def composition_losses(self, scaling: RopeScaling) -> list[str]:
+        """One sentence when the record does not hold the factors that the model has already."""
+        static = self.static_factors()
+        return [] if static is None else undone_losses(static.factors, scaling, self.rope.rope_type)
 
 
 def language_model(config: Mapping[str, Any]) -> LanguageModel:
@@ -90,9 +112,7 @@ def extended_config(config: Mapping[str, Any], scaling: RopeScaling) -> dict[str
     model.check_record(scaling)
     changed = dict(config["text_config"] if config.get("text_config") else config)
     changed.update(_rope_keys(model, scaling))
-    changed.update(
-        max_position_embeddings=scaling.max_position_embeddings, head_dim=model.head_dim, use_cache=True
-    )
+    changed.update(max_position_embeddings=scaling.max_position_embeddings, head_dim=model.head_dim, use_cache=True)
     # transformers lets a top-level value override the one beside the factors; vLLM serves no more than it.
     changed.pop(_ORIGINAL, None)
     if model.family.top_level_original:
@@ -132,3 +152,8 @@ def longrope_parameters(scaling: RopeScaling) -> dict[str, Any]:
         values["long_mscale"] = scaling.long_attention_factor
         values["short_mscale"] = scaling.short_attention_factor
     return values
+
+
+def json_text(values: Mapping[str, Any]) -> str:
+    """`values` as an indented JSON document with a final newline."""
+    return json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

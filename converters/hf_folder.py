@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from longrope_export.converters.copying import copy_range
-from longrope_export.converters.hf_config import extended_config, language_model
+from longrope_export.converters.gguf.checks import composition_losses, window_losses
+from longrope_export.converters.gguf.dequantise import (
+    check_dequantisable,
+    save_dequantised,
+    tokenizer_losses,
+)
+from longrope_export.converters.hf_config import extended_config, json_text, language_model
 from longrope_export.converters.lossy import hf_losses, refuse_losses
 from longrope_export.converters.safetensors import write_safetensors_metadata
 
 from longrope_export.errors import InputFileError, UnsupportedModelError
 from longrope_export.files import MANIFEST, atomic_folder, atomic_output, write_text
+from longrope_export.formats.gguf_header import read_gguf_header
 from longrope_export.formats.hf_config import read_json
 from longrope_export.formats.records import CONFIG_FILE, RECORD_FILE, SAFETENSORS_KEY
 from longrope_export.scaling import RopeScaling
@@ -47,7 +53,8 @@ def write_hf_folder(
     config = read_json(folder / CONFIG_FILE)
     shards = model_shards(folder)
     changed = extended_config(config, scaling)
-    losses = hf_losses(scaling) + language_model(config).window_losses(scaling)
+    model = language_model(config)
+    losses = hf_losses(scaling) + model.window_losses(scaling) + model.composition_losses(scaling)
     refuse_losses(str(target), losses, allow_lossy=allow_lossy)
     with atomic_folder(target) as partial:
         for shard in shards:
@@ -62,6 +69,32 @@ def write_hf_folder(
     return losses
 
 
+def gguf_to_hf_folder(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    scaling: RopeScaling,
+    *,
+    dtype: str = "f32",
+    allow_lossy: bool = False,
+    add: Callable[[Path], None] | None = None,
+) -> list[str]:
+    """Write the folder `target`: the GGUF `source` dequantised to `dtype` (f32, f16, bf16), with `scaling`.
+
+    Needs torch and memory for all weights at once, and room for a second copy of them beside `target`.
+    Returns and raises as `write_hf_folder`; also raises `MissingDependencyError` without transformers.
+    """
+    header = read_gguf_header(source)
+    check_dequantisable(dtype)
+    own = window_losses(header, scaling) + composition_losses(header, scaling) + tokenizer_losses(header)
+    refuse_losses(str(target), hf_losses(scaling) + own, allow_lossy=allow_lossy)
+    parent = Path(target).absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".dequantised-") as name:
+        window = scaling.original_max_position_embeddings
+        save_dequantised(header, Path(name), dtype=dtype, window=window)
+        return own + write_hf_folder(name, target, scaling, allow_lossy=allow_lossy, add=add)
+
+
 def model_shards(folder: Path) -> list[Path]:
     """The safetensors files of a model folder, every shard that the index names among them.
 
@@ -74,8 +107,7 @@ def model_shards(folder: Path) -> list[Path]:
         others = sorted(path.name for path in folder.glob("*") if path.suffix in _OTHER_WEIGHTS)
         if others:
             raise UnsupportedModelError(
-                f"{folder} holds its weights in {others[0]}, which may run code when opened; "
-                "save it as safetensors"
+                f"{folder} holds its weights in {others[0]}, which may run code when opened; save it as safetensors"
             )
         raise InputFileError(f"{folder} has no .safetensors weights")
     return found
@@ -120,8 +152,3 @@ def _extend_side_files(folder: Path, window: int) -> None:
         values = read_json(generation)
         if values.get("use_cache") is False:
             write_text(generation, json_text({**values, "use_cache": True}), overwrite=True)
-
-
-def json_text(values: dict[str, Any]) -> str:
-    """`values` as an indented JSON document with a final newline."""
-    return json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

@@ -4,25 +4,22 @@ silently.
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
+
 from longrope_export.errors import LossyTargetError
 from longrope_export.scaling import RopeScaling
 
 
 def gguf_losses(scaling: RopeScaling) -> list[str]:
     """What no GGUF runtime will apply of `scaling`, one sentence each."""
-    return (
-        _start_token_losses(scaling, "llama.cpp")
-        + _attention_losses(scaling, "llama.cpp")
-        + _set_losses(scaling)
-    )
+    return _start_token_losses(scaling, "llama.cpp") + _attention_losses(scaling, "llama.cpp") + _set_losses(scaling)
 
 
 def hf_losses(scaling: RopeScaling) -> list[str]:
     """What stock transformers will not apply of `scaling`; `longrope_export.load` applies all of it."""
     return (
-        _start_token_losses(scaling, "transformers")
-        + _attention_losses(scaling, "transformers")
-        + _set_losses(scaling)
+        _start_token_losses(scaling, "transformers") + _attention_losses(scaling, "transformers") + _set_losses(scaling)
     )
 
 
@@ -44,10 +41,23 @@ def gguf_notes(scaling: RopeScaling) -> list[str]:
             "keep context shift off (llama.cpp --no-context-shift; it is on in Ollama): a shift multiplies "
             "cached keys by the attention factor again"
         )
-    notes.append(
-        "llama.cpp applies these factors since 2026-03-29 (pull request 21150), Ollama since 2026-05-29"
-    )
+    notes.append("llama.cpp applies these factors since 2026-03-29 (pull request 21150), Ollama since 2026-05-29")
     return notes
+
+
+def undone_losses(existing: npt.NDArray[np.float64], scaling: RopeScaling, source: str) -> list[str]:
+    """One sentence when the record undoes half of `existing`, the divisors that the model applies at every
+    length.
+
+    A record holds total divisors, so this is one that was made without looking at the model's own scaling.
+    """
+    strength = float(np.log(existing).sum())
+    if strength <= 0 or float(np.log(np.asarray(scaling.short_factor)).sum()) >= 0.5 * strength:
+        return []
+    return [
+        f"the model's own factors ({source}, up to {existing.max():g}) are not in the record's short factors; "
+        "compose them with `longrope extend`"
+    ]
 
 
 def refuse_losses(target: str, losses: list[str], *, allow_lossy: bool) -> list[str]:
@@ -70,9 +80,7 @@ def _attention_losses(scaling: RopeScaling, runtime: str) -> list[str]:
     long, short = scaling.long_attention_factor, scaling.short_attention_factor
     if long == short:
         return []
-    return [
-        f"{runtime} will use the long attention factor {long:.6g} in short contexts as well, not {short:.6g}"
-    ]
+    return [f"{runtime} will use the long attention factor {long:.6g} in short contexts as well, not {short:.6g}"]
 
 
 def _set_losses(scaling: RopeScaling) -> list[str]:

@@ -46,9 +46,7 @@ def _header_bytes(header: SafetensorsHeader, entries: Mapping[str, str]) -> byte
     # Readers before transformers 4.50 refuse a file whose metadata names no format.
     metadata = {"format": "pt", **header.metadata, **entries}
     values: dict[str, object] = {METADATA_KEY: dict(sorted(metadata.items()))}
-    for name, tensor in sorted(
-        header.tensors.items(), key=lambda item: (item[1].start, item[1].end, item[0])
-    ):
+    for name, tensor in sorted(header.tensors.items(), key=lambda item: (item[1].start, item[1].end, item[0])):
         values[name] = {
             "dtype": tensor.dtype,
             "shape": list(tensor.shape),
@@ -58,7 +56,6 @@ def _header_bytes(header: SafetensorsHeader, entries: Mapping[str, str]) -> byte
     padded = raw.ljust(-(-len(raw) // _ALIGNMENT) * _ALIGNMENT)
     if len(padded) > MAX_HEADER_BYTES:
         raise OutputError(
-            f"the header of {header.path} would have {len(padded):,} bytes; "
-            f"safetensors allows {MAX_HEADER_BYTES:,}"
+            f"the header of {header.path} would have {len(padded):,} bytes; safetensors allows {MAX_HEADER_BYTES:,}"
         )
     return padded

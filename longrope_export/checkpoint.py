@@ -9,45 +9,67 @@ from typing import Any
 
 from longrope_export.description import ModelDescription, describe
 from longrope_export.errors import InputFileError, UnsupportedModelError
-from longrope_export.families import FAMILIES, family_for_config
-from longrope_export.formats.hf_config import read_json
-from longrope_export.formats.hf_scaling import scaling_from_config
+from longrope_export.families import FAMILIES
 from longrope_export.scaling import RopeScaling
 
-CONFIG = "config.json"
 ADAPTER = "adapter_config.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model on disk that is safe to open, and the scaling that its files carry (None: none)."""
+    """A model on disk that is safe to open, as its headers describe it."""
 
     path: Path
-    gguf: bool
-    scaling: RopeScaling | None
+    description: ModelDescription
+
+    @property
+    def scaling(self) -> RopeScaling | None:
+        """The record that the files carry, or None.
+
+        For a GGUF without one it is what llama.cpp applies at every length (`rope_freqs`, linear, YaRN), because
+        transformers drops either without a word.
+        """
+        found = self.description
+        if found.scaling is not None or found.kind == "hf" or found.existing_factors is None:
+            return found.scaling
+        return RopeScaling(
+            rope_theta=found.rope_theta,
+            rotary_dim=found.rotary_dim,
+            original_max_position_embeddings=found.window,
+            max_position_embeddings=found.window,
+            long_factor=found.existing_factors,
+            short_factor=found.existing_factors,
+            long_attention_factor=found.existing_attention_factor,
+            short_attention_factor=found.existing_attention_factor,
+            provenance={"source": f"GGUF {found.rope_type}"},
+        )
 
     def load(self, **from_pretrained: Any) -> Any:
         """The transformers model, in evaluation mode; `from_pretrained` goes to transformers.
 
-        Raises `InputFileError` when transformers cannot read the weights.
+        Raises `InputFileError` when transformers cannot read the weights, or some of them are not there.
         """
         from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM, GgufConfig
 
         options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True, **from_pretrained}
+        options["output_loading_info"] = True
         place = self.path
-        if self.gguf:
+        if self.description.kind == "gguf":
             options |= {"gguf_file": self.path.name, "quantization_config": GgufConfig(dequantize=True)}
             options.setdefault("dtype", "float32")
             place = self.path.parent
         else:
             options["use_safetensors"] = True
         try:
-            return AutoModelForCausalLM.from_pretrained(str(place), **options)
+            model, report = AutoModelForCausalLM.from_pretrained(str(place), **options)
         except (OSError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
             raise InputFileError(f"transformers cannot load {self.path}: {reason}") from error
+        if missing := sorted(report["missing_keys"]):  # transformers would fill them with random numbers
+            raise InputFileError(f"{self.path} lacks {len(missing)} weights, the first is {missing[0]}")
+        return model
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -68,50 +90,27 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 def _folder(folder: Path) -> Checkpoint:
     if (folder / ADAPTER).exists():
         raise InputFileError(f"{folder} holds an adapter ({ADAPTER}); merge it into its base model first")
-    config = read_json(folder / CONFIG)
     names = sorted(entry.name for entry in folder.iterdir())
+    pickled = next((name for name in names if name.endswith(_PICKLES)), None)
+    if not any(name.endswith(".safetensors") for name in names) and pickled:
+        raise InputFileError(
+            f"{folder / pickled} is a pickle, which can run code; convert the model to safetensors first"
+        )
+    description = describe(folder)
     if not any(name.endswith(".safetensors") for name in names):
-        pickled = next((name for name in names if name.endswith(_PICKLES)), None)
-        if pickled:
-            raise InputFileError(
-                f"{folder / pickled} is a pickle, which can run code; convert the model to safetensors first"
-            )
         raise InputFileError(f"{folder} has no .safetensors weights")
-    family_for_config(config.get("model_type"))
-    return Checkpoint(folder, gguf=False, scaling=scaling_from_config(config))
+    return Checkpoint(folder, description)
 
 
 def _gguf(path: Path) -> Checkpoint:
-    description = describe(path)
-    _check_importable(path, description.architecture)
-    return Checkpoint(path, gguf=True, scaling=_carried(description))
-
-
-def _check_importable(path: Path, architecture: str) -> None:
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
+    description = describe(path)
     known = {name for family in FAMILIES.values() for name in family.gguf_architectures}
     importable = sorted(known & set(GGUF_SUPPORTED_ARCHITECTURES))
-    if architecture not in importable:
+    if description.architecture not in importable:
         raise UnsupportedModelError(
-            f"{path} has the architecture {architecture[:80]!r}, which transformers cannot import "
+            f"{path} has the architecture {description.architecture[:80]!r}, which transformers cannot import "
             f"into a family known here ({', '.join(importable)}); give the original model folder instead"
         )
-
-
-def _carried(description: ModelDescription) -> RopeScaling | None:
-    """The record in a GGUF, else what llama.cpp applies at every length; transformers drops both silently."""
-    if description.scaling is not None or description.existing_factors is None:
-        return description.scaling
-    attention = description.existing_attention_factor
-    return RopeScaling(
-        rope_theta=description.rope_theta,
-        rotary_dim=description.rotary_dim,
-        original_max_position_embeddings=description.window,
-        max_position_embeddings=description.window,
-        long_factor=description.existing_factors,
-        short_factor=description.existing_factors,
-        long_attention_factor=attention,
-        short_attention_factor=attention,
-        provenance={"source": f"GGUF {description.rope_type}"},
-    )
+    return Checkpoint(path, description)

@@ -13,6 +13,7 @@ from typing import Any
 
 from longrope_export.errors import UnsupportedModelError
 from longrope_export.gguf_architectures import GGUF_ARCHITECTURES, GgufArchitecture, gguf_architecture
+from longrope_export.scaling import MAX_ROTARY_DIM
 
 __all__ = [
     "FAMILIES", "FULL", "GGUF_ARCHITECTURES", "SLIDING", "Family", "GgufArchitecture", "family_for_config",
@@ -78,7 +79,7 @@ class Family:
 
 
 def _defaults(
-    hidden: int, heads: int, kv_heads: int | None, layers: int, window: int, vocab: int, **more: Any
+    *, hidden: int, heads: int, kv_heads: int | None, layers: int, window: int, vocab: int, **more: Any
 ) -> Mapping[str, Any]:
     sizes = {
         "hidden_size": hidden,
@@ -100,7 +101,7 @@ _ROWS = (
         architectures=("LlamaForCausalLM",),
         gguf_architectures=("llama",),
         pair_layout="NORM",
-        defaults=_defaults(4096, 32, None, 32, 2048, 32000),
+        defaults=_defaults(hidden=4096, heads=32, kv_heads=None, layers=32, window=2048, vocab=32000),
     ),
     # llama.cpp's converter writes MistralForCausalLM as llama too: such a GGUF shows the row above.
     Family(
@@ -109,7 +110,9 @@ _ROWS = (
         architectures=("MistralForCausalLM",),
         gguf_architectures=("llama", "mistral3"),
         pair_layout="NORM",
-        defaults=_defaults(4096, 32, 8, 32, 131072, 32000, sliding_window=4096),
+        defaults=_defaults(
+            hidden=4096, heads=32, kv_heads=8, layers=32, window=131072, vocab=32000, sliding_window=4096
+        ),
         layer_types=_window_everywhere,
     ),
     Family(
@@ -118,7 +121,7 @@ _ROWS = (
         architectures=("Qwen2ForCausalLM",),
         gguf_architectures=("qwen2",),
         pair_layout="NEOX",
-        defaults=_defaults(4096, 32, 32, 32, 32768, 151936, **_QWEN),
+        defaults=_defaults(hidden=4096, heads=32, kv_heads=32, layers=32, window=32768, vocab=151936, **_QWEN),
         reads_layer_types=True,
         layer_types=_window_in_upper_layers,
     ),
@@ -128,7 +131,9 @@ _ROWS = (
         architectures=("Qwen3ForCausalLM",),
         gguf_architectures=("qwen3",),
         pair_layout="NEOX",
-        defaults=_defaults(4096, 32, 32, 32, 32768, 151936, head_dim=128, **_QWEN),
+        defaults=_defaults(
+            hidden=4096, heads=32, kv_heads=32, layers=32, window=32768, vocab=151936, head_dim=128, **_QWEN
+        ),
         qk_norm=True,
         reads_layer_types=True,
         layer_types=_window_in_upper_layers,
@@ -140,7 +145,14 @@ _ROWS = (
         gguf_architectures=("phi3",),
         pair_layout="NEOX",
         defaults=_defaults(
-            3072, 32, None, 32, 4096, 32064, sliding_window=None, original_max_position_embeddings=4096
+            hidden=3072,
+            heads=32,
+            kv_heads=None,
+            layers=32,
+            window=4096,
+            vocab=32064,
+            sliding_window=None,
+            original_max_position_embeddings=4096,
         ),
         partial_rotary=True,
         top_level_original=True,
@@ -152,7 +164,7 @@ _ROWS = (
         architectures=("GraniteForCausalLM",),
         gguf_architectures=("granite",),
         pair_layout="NORM",
-        defaults=_defaults(4096, 32, None, 32, 2048, 32000),
+        defaults=_defaults(hidden=4096, heads=32, kv_heads=None, layers=32, window=2048, vocab=32000),
     ),
     Family(
         name="gemma2",
@@ -160,7 +172,9 @@ _ROWS = (
         architectures=("Gemma2ForCausalLM",),
         gguf_architectures=("gemma2",),
         pair_layout="NEOX",
-        defaults=_defaults(2304, 8, 4, 26, 8192, 256000, head_dim=256, sliding_window=4096),
+        defaults=_defaults(
+            hidden=2304, heads=8, kv_heads=4, layers=26, window=8192, vocab=256000, head_dim=256, sliding_window=4096
+        ),
         reads_layer_types=True,
         layer_types=_every_second_full,
     ),
@@ -171,12 +185,12 @@ _ROWS = (
         gguf_architectures=("gemma3",),
         pair_layout="NEOX",
         defaults=_defaults(
-            2304,
-            8,
-            4,
-            26,
-            131072,
-            262208,
+            hidden=2304,
+            heads=8,
+            kv_heads=4,
+            layers=26,
+            window=131072,
+            vocab=262208,
             head_dim=256,
             sliding_window=4096,
             sliding_window_pattern=6,
@@ -200,9 +214,7 @@ def family_for_config(model_type: Any) -> Family:
         if model_type in row.model_types:
             return row
     known = ", ".join(sorted(name for row in _ROWS for name in row.model_types))
-    raise UnsupportedModelError(
-        f"the model type {str(model_type)[:80]!r} is not known here; known are: {known}"
-    )
+    raise UnsupportedModelError(f"the model type {str(model_type)[:80]!r} is not known here; known are: {known}")
 
 
 def family_for_gguf(architecture: str) -> Family | None:
@@ -230,9 +242,9 @@ def rotary_dim(family: Family, head_dim: int, partial_rotary_factor: float = 1.0
             "heads; correct config.json"
         )
     dimensions = int(head_dim * partial_rotary_factor)
-    if not 2 <= dimensions <= head_dim or dimensions % 2:
+    if not 2 <= dimensions <= min(head_dim, MAX_ROTARY_DIM) or dimensions % 2:
         raise UnsupportedModelError(
-            f"{dimensions} of {head_dim} values per head would be rotated; the number must be "
-            f"even and from 2 to {head_dim}"
+            f"{dimensions} of {head_dim} values per head would be rotated; "
+            f"the number must be even and from 2 to {min(head_dim, MAX_ROTARY_DIM)}"
         )
     return dimensions

@@ -19,6 +19,7 @@ from longrope_export.rotary import (
     Angles,
     FixedRotary,
     RotarySet,
+    core_of,
     decoder_of,
     family_of,
     replace_rotary,
@@ -65,6 +66,8 @@ def load(
     if isinstance(path_or_model, (str, os.PathLike)):
         checkpoint = open_checkpoint(path_or_model)
         record = record or checkpoint.scaling
+        if record is not None:  # before the weights are read
+            check_numbers(record, checkpoint.description.rotary_dim, checkpoint.description.rope_theta)
         model = checkpoint.load(**from_pretrained)
     elif from_pretrained:
         raise LongRopeError(
@@ -76,9 +79,7 @@ def load(
     if record is not None:
         apply_scaling(model, record, switch=switch, context=context, angles=angles)
     elif switch != "sequence":
-        raise ScalingError(
-            f'switch="{switch}" needs a scaling record, and {path_or_model} carries none; give scaling='
-        )
+        raise ScalingError(f'switch="{switch}" needs a scaling record, and {path_or_model} carries none; give scaling=')
     return model
 
 
@@ -91,9 +92,10 @@ def apply_scaling(
     angles: Angles = "exact",
 ) -> None:
     """Install `scaling` in a model in memory, in place of an earlier one; arguments, errors as in `load`."""
+    model = core_of(model)
     check_scaling(model, scaling)
-    remove_switch(model)
     sets = RotarySets(scaling, angles)
+    remove_switch(model)
     rotary = FixedRotary(scaling.rope_theta, scaling.rotary_dim, angles=angles)
     replace_rotary(model, rotary)
     _write_config(model, scaling)
@@ -109,21 +111,26 @@ def apply_scaling(
 
 def check_scaling(model: nn.Module, scaling: RopeScaling) -> None:
     """Raise `ScalingError` when the record is for another rotary_dim or RoPE base than the model's."""
-    rotated, theta = rotary_dim_of(model), rope_theta_of(model)
-    if scaling.rotary_dim != rotated:
+    check_numbers(scaling, rotary_dim_of(model), rope_theta_of(model))
+
+
+def check_numbers(scaling: RopeScaling, rotary_dim: int, rope_theta: float) -> None:
+    """As `check_scaling`, for a model with these numbers."""
+    if scaling.rotary_dim != rotary_dim:
         raise ScalingError(
             f"the scaling has {scaling.rotary_dim // 2} factors (rotary_dim {scaling.rotary_dim}), but the "
-            f"model rotates {rotated} values a head; it was made for another model"
+            f"model rotates {rotary_dim} values a head; it was made for another model"
         )
-    if to_float32(theta) != scaling.rope_theta:
+    if scaling.rope_theta != to_float32(rope_theta):
         raise ScalingError(
-            f"the scaling is for rope_theta {scaling.rope_theta:g}, but the model has {theta:g}; "
+            f"the scaling is for rope_theta {scaling.rope_theta:g}, but the model has {rope_theta:g}; "
             "it was made for another model"
         )
 
 
 def remove_switch(model: Any) -> None:
     """Take back the hooks that `switch="sequence"` installed; the rotary embedding stays."""
+    model = core_of(model)
     for handle in model.__dict__.pop(_HANDLES, ()):
         handle.remove()
     for name in ("_validate_generation_mode", "prepare_inputs_for_generation"):
@@ -134,9 +141,7 @@ def _check_options(switch: str, context: int | None, angles: str, from_pretraine
     if switch not in get_args(Switch):
         raise ScalingError(f"switch is {switch!r}; it must be one of {', '.join(get_args(Switch))}")
     if (switch == "context") != (context is not None):
-        raise ScalingError(
-            'context is the number of tokens that switch="context" decides by: give both or neither'
-        )
+        raise ScalingError('context is the number of tokens that switch="context" decides by: give both or neither')
     if context is not None and (isinstance(context, bool) or not isinstance(context, int) or context < 1):
         raise ScalingError(f"context is {context!r}; it must be a whole number of tokens above 0")
     if angles not in get_args(Angles):
@@ -163,9 +168,7 @@ def _install_switch(model: Any, rotary: FixedRotary, sets: RotarySets) -> None:
         model._validate_generation_mode = MethodType(_only_stepwise, model)
 
 
-def _only_stepwise(
-    model: Any, generation_mode: Any, generation_config: Any, generation_mode_kwargs: Any
-) -> None:
+def _only_stepwise(model: Any, generation_mode: Any, generation_config: Any, generation_mode_kwargs: Any) -> None:
     """Stands before transformers' own check: modes that take tokens back would keep their entries' set."""
     if generation_mode not in _STEPWISE:
         raise CacheError(

@@ -35,6 +35,15 @@ class Measurement:
 
 
 @dataclass(frozen=True)
+class Attention:
+    """Time of one layer's causal attention alone over `length` tokens; it grows with the length squared."""
+
+    length: int
+    seconds: float
+    cpu_seconds: float
+
+
+@dataclass(frozen=True)
 class Estimate:
     """Cost of one evaluation (a forward pass over L' tokens), fitted to `measurements` in `dtype`.
 
@@ -45,6 +54,7 @@ class Estimate:
     quiet_seconds: float
     peak_bytes: int | None
     measurements: tuple[Measurement, ...]
+    attention: Attention | None
     dtype: str
     threads: int
 
@@ -77,7 +87,7 @@ class Plan:
 
     @property
     def fits(self) -> dict[str, bool | None]:
-        """Whether running with each cache type, and one evaluation, fit the memory available (None: unknown)."""
+        """Whether each cache type, and one evaluation, fit the memory available (None: unknown)."""
         peak = None if self.estimate is None else self.estimate.peak_bytes
         needed: dict[str, int | None] = {**self.needed, "evaluation": peak}
         return {
@@ -98,12 +108,8 @@ def make_plan(
 ) -> Plan:
     """The plan for `target` tokens; `probe` measures, None skips it. Raises `ScalingError` without growth."""
     if target <= description.window:
-        raise ScalingError(
-            f"{description.path} has a window of {description.window} tokens already; {target} is no extension"
-        )
-    estimate, missing = (
-        (None, ("time and memory of an evaluation: --no-probe",)) if probe is None else probe()
-    )
+        raise ScalingError(f"{description.path} has a window of {description.window} tokens; {target} is no extension")
+    estimate, missing = (None, ("time and memory of an evaluation: --no-probe",)) if probe is None else probe()
     return Plan(
         path=description.path,
         architecture=description.architecture,
@@ -154,16 +160,37 @@ def available_memory() -> int | None:
     return next((int(parts[1]) * 1024 for parts in found), None)
 
 
-def estimate_at(target: int, measurements: Sequence[Measurement], *, dtype: str, threads: int) -> Estimate:
-    """Extrapolate seconds as a + b·T + c·T² and peak bytes as a + b·T, with a, b, c ≥ 0, to `target` tokens."""
+def estimate_at(
+    target: int,
+    measurements: Sequence[Measurement],
+    *,
+    dtype: str,
+    threads: int,
+    layers: int = 0,
+    attention: Attention | None = None,
+) -> Estimate:
+    """Extrapolate seconds as a + b·T + c·T² and peak bytes as a + b·T to `target` tokens (a, b, c ≥ 0).
+
+    c comes from `attention` times `layers` where that was measured: at short lengths it hides in the noise, and at
+    long ones it is nearly all. The fit uses the four longest lengths: below them a forward costs reading the weights.
+    """
     ordered = sorted(measurements, key=lambda entry: entry.length)
-    wall = {entry.length: min(e.seconds for e in ordered if e.length == entry.length) for entry in ordered}
-    busy = {
-        entry.length: min(e.cpu_seconds for e in ordered if e.length == entry.length) for entry in ordered
-    }
-    seconds = predict(target, list(wall.items()), degree=2)
-    quiet = predict(target, [(length, cpu / max(threads, 1)) for length, cpu in busy.items()], degree=2)
-    return Estimate(seconds, min(quiet, seconds), _peak_at(target, ordered), tuple(ordered), dtype, threads)
+    lengths = sorted({entry.length for entry in ordered})[-4:]
+    wall = [(size, min(entry.seconds for entry in ordered if entry.length == size)) for size in lengths]
+    busy = [(size, min(entry.cpu_seconds for entry in ordered if entry.length == size)) for size in lengths]
+    square = 0.0 if attention is None else layers / attention.length**2
+    seconds = _with_square(target, wall, attention and attention.seconds * square)
+    processor = _with_square(target, busy, attention and attention.cpu_seconds * square)
+    quiet = min(processor / max(threads, 1), seconds)
+    return Estimate(seconds, quiet, _peak_at(target, ordered), tuple(ordered), attention, dtype, threads)
+
+
+def _with_square(target: int, points: Sequence[tuple[int, float]], square: float | None) -> float:
+    if square is None:
+        return predict(target, points, degree=2)
+    # Attention on its own may be slower than inside the model; what is left for the rest stays positive.
+    rest = [(length, max(value - square * length**2, 0.1 * value)) for length, value in points]
+    return predict(target, rest, degree=1) + square * target**2
 
 
 def _peak_at(target: int, ordered: Sequence[Measurement]) -> int | None:
@@ -179,17 +206,20 @@ def _peak_at(target: int, ordered: Sequence[Measurement]) -> int | None:
 def predict(target: int, points: Sequence[tuple[int, float]], *, degree: int) -> float:
     """Value at `target` of the polynomial with non-negative coefficients that fits `points` best.
 
-    Least squares of the *relative* errors, over every subset of the powers 0…degree (a coefficient that would
-    be negative is left out): short, cheap lengths then count as much as long ones. Needs at least one point.
+    Least squares of the *relative* errors, over every subset of the powers 0…degree (a coefficient that would be
+    negative is left out): short, cheap lengths then count as much as long ones. A single point is taken for
+    proportional to the length.
     """
+    if len(points) == 1:
+        return points[0][1] * target / points[0][0]
     lengths = np.array([length for length, _ in points], dtype=np.float64)
     values = np.array([max(value, 1e-9) for _, value in points], dtype=np.float64)
-    best, result = np.inf, float(values[-1])
+    best, result = np.inf, 0.0
     for count in range(1, min(degree + 1, len(points)) + 1):
         for powers in itertools.combinations(range(degree + 1), count):
             basis = (lengths[:, None] / lengths[-1]) ** np.array(powers)
             weights, *_ = np.linalg.lstsq(basis / values[:, None], np.ones_like(values), rcond=None)
             error = float(np.square(basis @ weights / values - 1.0).sum())
-            if (weights >= 0.0).all() and error < best * (1.0 - 1e-9):
+            if (weights >= 0.0).all() and error < best - 1e-12:
                 best, result = error, float((target / lengths[-1]) ** np.array(powers) @ weights)
     return result

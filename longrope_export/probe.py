@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import IO, Any
 
 from longrope_export.description import ModelDescription
-from longrope_export.planning import Estimate, Measurement, available_memory, estimate_at
+from longrope_export.planning import Attention, Estimate, Measurement, available_memory, estimate_at
 
 Progress = Callable[[Measurement], None]
 
@@ -27,6 +27,8 @@ class ProbeRequest:
     path: str
     target: int
     vocab: int
+    heads: int
+    head_dim: int
     dtype: str = "bfloat16"
     threads: int | None = None
     seconds: float = 20.0
@@ -52,15 +54,21 @@ def run_probe(
         path=description.path,
         target=target,
         vocab=description.vocab,
+        heads=description.heads,
+        head_dim=description.head_dim,
         dtype=dtype,
         threads=threads,
         seconds=seconds,
     )
-    measurements, used, problem = _collect(request, progress)
+    measurements, attention, used, problem = _collect(request, progress)
     missing = [f"longer lengths: {problem}"] if problem and measurements else []
     if not measurements:
         return None, (f"time and memory of an evaluation: {problem or 'the probe gave no result'}",)
-    estimate = estimate_at(target, measurements, dtype=dtype, threads=used)
+    estimate = estimate_at(
+        target, measurements, dtype=dtype, threads=used, layers=description.layers, attention=attention
+    )
+    if attention is None:
+        missing.append("attention by itself: the time at long lengths is a guess from short ones")
     if estimate.peak_bytes is None:
         missing.append("peak memory of an evaluation: this system does not report it")
     return estimate, tuple(missing)
@@ -78,23 +86,27 @@ def _why_not(description: ModelDescription, dtype: str) -> str | None:
     return None
 
 
-def _collect(request: ProbeRequest, progress: Progress | None) -> tuple[list[Measurement], int, str | None]:
+def _collect(
+    request: ProbeRequest, progress: Progress | None
+) -> tuple[list[Measurement], Attention | None, int, str | None]:
     command = [sys.executable, "-m", "longrope_export.probe_worker", json.dumps(asdict(request))]
     measurements: list[Measurement] = []
-    threads, problem = 0, None
+    attention, threads, problem = None, 0, None
     with tempfile.TemporaryFile() as errors:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as child:
             assert child.stdout is not None
             for message in _messages(child.stdout):
                 problem = message.get("error", problem)
                 threads = message.get("threads", threads)
+                if "attention" in message:
+                    attention = Attention(**message["attention"])
                 if "length" in message:
                     measurements.append(Measurement(**message))
                     if progress is not None:
                         progress(measurements[-1])
         if child.returncode != 0 and problem is None:
             problem = _crash(child.returncode, errors)
-    return measurements, threads, problem
+    return measurements, attention, threads, problem
 
 
 def _messages(stream: IO[str]) -> Iterator[dict[str, Any]]:

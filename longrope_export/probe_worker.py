@@ -31,6 +31,9 @@ def main(text: str) -> int:
 
 
 def _measure(request: ProbeRequest) -> None:
+    from longrope_export.checkpoint import open_checkpoint
+
+    open_checkpoint(request.path)  # says what is wrong before the heavy imports
     import torch
 
     from longrope_export.loader import load
@@ -40,6 +43,7 @@ def _measure(request: ProbeRequest) -> None:
     _say({"threads": torch.get_num_threads()})
     model = load(request.path, dtype=getattr(torch, request.dtype))
     _forward(model, request, request.first)
+    _attention(model, request)
     until = time.perf_counter() + request.seconds
     longest = _doubling(model, request, until)
     # Other programs only ever slow a forward down: time that is left goes into trying the longest ones again.
@@ -59,6 +63,29 @@ def _doubling(model: Any, request: ProbeRequest, until: float) -> list[Measureme
         if following == length or time.perf_counter() + 4.0 * measurements[-1].seconds > until:
             return measurements[-3:]
         length = following
+
+
+def _attention(model: Any, request: ProbeRequest) -> None:
+    """Time one layer's attention at doubling lengths; nothing is said where the model uses another kernel."""
+    if model.config.get_text_config()._attn_implementation != "sdpa":
+        return
+    length = min(256, request.target)
+    seconds, cpu = _attention_seconds(request, length)
+    while length < request.target and seconds < _ENOUGH_SECONDS:
+        length = min(2 * length, request.target)
+        seconds, cpu = min(_attention_seconds(request, length) for _ in range(_REPEATS))
+    _say({"attention": {"length": length, "seconds": seconds, "cpu_seconds": cpu}})
+
+
+def _attention_seconds(request: ProbeRequest, length: int) -> tuple[float, float]:
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    shape = (1, request.heads, length, request.head_dim)
+    query = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(getattr(torch, request.dtype))
+    with torch.no_grad(), _Stopwatch() as watch:
+        scaled_dot_product_attention(query, query, query, is_causal=True)
+    return watch.seconds
 
 
 def _cheapest_left(measurements: list[Measurement], until: float) -> int | None:
@@ -84,10 +111,22 @@ def _forward(model: Any, request: ProbeRequest, length: int) -> tuple[float, flo
 
     generator = torch.Generator().manual_seed(length)
     ids = torch.randint(0, request.vocab, (1, max(length, 2)), generator=generator)
-    wall, cpu = time.perf_counter(), time.process_time()
-    with torch.no_grad():
+    with torch.no_grad(), _Stopwatch() as watch:
         token_losses(model, ids, chunk=LOGITS_CHUNK)
-    return time.perf_counter() - wall, time.process_time() - cpu
+    return watch.seconds
+
+
+class _Stopwatch:
+    """`seconds`: time on the clock and processor time of all threads, of the body."""
+
+    seconds: tuple[float, float]
+
+    def __enter__(self) -> _Stopwatch:
+        self._start = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds = time.perf_counter() - self._start[0], time.process_time() - self._start[1]
 
 
 def _reset_peak() -> bool:

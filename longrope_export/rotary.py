@@ -86,7 +86,12 @@ class RotarySet:
 
     def to(self, device: torch.device) -> RotarySet:
         """The set with its frequencies on `device`."""
-        return replace(self, inverse_frequencies=self.inverse_frequencies.to(device))
+        return replace(self, inverse_frequencies=_moved(self.inverse_frequencies, device))
+
+
+def _moved(frequencies: Tensor, device: torch.device) -> Tensor:
+    # Apple's GPU cannot hold float64; `rotation` computes on the CPU there.
+    return frequencies if device.type == "mps" and frequencies.dtype == torch.float64 else frequencies.to(device)
 
 
 class FixedRotary(nn.Module):
@@ -131,7 +136,7 @@ class FixedRotary(nn.Module):
         if chosen.inverse_frequencies.device != x.device:
             chosen = self.current = chosen.to(x.device)
         if self.original.device != x.device:
-            self.original = self.original.to(x.device)
+            self.original = _moved(self.original, x.device)
         cos, sin = rotation(
             position_ids.to(x.device),
             chosen.inverse_frequencies,
@@ -171,8 +176,7 @@ def decoder_of(model: nn.Module) -> nn.Module:
     Raises `UnsupportedModelError` for a model type without a row in `FAMILIES`, or one laid out differently.
     """
     family = family_of(model)
-    core: Any = model
-    core = core.get_base_model() if hasattr(core, "get_base_model") else core  # PEFT
+    core = core_of(model)
     for path in _rotary_paths(family):
         parent: Any = core
         for name in path.split(".")[:-1]:
@@ -188,6 +192,11 @@ def _rotary_paths(family: Family) -> Iterator[str]:
     if family.multimodal_rotary_path:
         yield family.multimodal_rotary_path
     yield family.rotary_path.partition(".")[2]  # a decoder without its lm_head
+
+
+def core_of(model: Any) -> Any:
+    """The transformers model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def family_of(model: nn.Module) -> Family:
@@ -247,7 +256,8 @@ def rotary_dim_of(model: nn.Module) -> int:
     frequencies = getattr(module, name, None)
     if not isinstance(frequencies, Tensor):
         raise UnsupportedModelError(
-            f"{type(module).__name__} has no {name}: this version of transformers lays it out differently"
+            f"{type(module).__name__} has no {name}: the model has no full-attention layer, or this version of "
+            "transformers lays it out differently"
         )
     return 2 * int(frequencies.shape[-1])
 

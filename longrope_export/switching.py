@@ -34,9 +34,7 @@ class RotarySets:
         window = scaling.original_max_position_embeddings
         short = {window: scaling.short_factor}
         if scaling.sets.get(window, scaling.short_factor) != scaling.short_factor:
-            raise ScalingError(
-                f"sets[{window}] differs from short_factor, which applies up to {window} tokens too"
-            )
+            raise ScalingError(f"sets[{window}] differs from short_factor, which applies up to {window} tokens too")
         bounded = sorted((short | dict(scaling.sets)).items())
         self.scaling = scaling
         self.lengths = [length for length, _ in bounded]
@@ -47,10 +45,10 @@ class RotarySets:
         self._sets.append(
             self._set(scaling.long_factor, scaling.long_attention_factor, scaling.long_start_tokens, angles)
         )
+        self.device = torch.device("cpu")
         self._frequencies = torch.stack([entry.inverse_frequencies for entry in self._sets])
-        self._attention_factors = torch.tensor(
-            [entry.attention_factor for entry in self._sets], dtype=torch.float64
-        )
+        attention = [entry.attention_factor for entry in self._sets]
+        self._attention_factors = torch.tensor(attention, dtype=self._frequencies.dtype)
         self._start_tokens = torch.tensor([entry.start_tokens for entry in self._sets])
 
     def _set(self, factors: Sequence[float], attention: float, start: int, angles: Angles) -> RotarySet:
@@ -75,12 +73,17 @@ class RotarySets:
         """`index` of every element."""
         return torch.bucketize(lengths, torch.tensor(self.lengths, device=lengths.device))
 
+    def move(self, device: torch.device) -> None:
+        """Keep the sets on `device` from now on."""
+        if self.device != device:
+            self.device = device
+            self._sets = [entry.to(device) for entry in self._sets]
+
     def rows(self, indices: Sequence[int] | Tensor) -> RotarySet:
         """The sets `indices` ([B] or [B, S]) as one: a plain one when they are all the same."""
+        if not isinstance(indices, Tensor) and len(set(indices)) == 1:
+            return self._sets[indices[0]]
         index = indices.cpu() if isinstance(indices, Tensor) else torch.tensor(indices)
-        first = int(index.flatten()[0])
-        if bool((index == first).all()):
-            return self._sets[first]
         start: int | Tensor = self._start_tokens[index] if bool(self._start_tokens.any()) else 0
         return RotarySet(self._frequencies[index], self._attention_factors[index], start)
 
@@ -111,14 +114,12 @@ class SequenceSwitch:
         if source is None:
             return None  # transformers says what is missing
         batch, new = source.shape[:2]
+        self.sets.move(source.device)
         cache = self._cache(decoder, call, batch)
         past = 0 if cache is None else cache.get_seq_length()
         padding, left = _padding(call.get("attention_mask"), batch, past + new)
         positions = _positions(call, past, new, any(padding), source.device)
-        if (
-            cache is None
-            and (documents := _document_lengths(call.get("attention_mask"), positions)) is not None
-        ):
+        if cache is None and (documents := _document_lengths(call.get("attention_mask"), positions)) is not None:
             self.rotary.current = self.sets.rows(self.sets.indices(documents))
             return (), call
         indices = [self.sets.index(past + new - pad) for pad in padding]
@@ -171,9 +172,7 @@ class SequenceSwitch:
                 raise CacheError("the attention mask has padding on the right or in between; pad on the left")
             past = cache.tokens.length
             if cache.tokens.padding != [min(pad, past) for pad in padding]:
-                raise CacheError(
-                    "the attention mask hides other cached tokens than before; pass the whole mask again"
-                )
+                raise CacheError("the attention mask hides other cached tokens than before; pass the whole mask again")
             stale = [
                 row
                 for row, (old, now) in enumerate(zip(cache.tokens.sets, indices))
@@ -230,8 +229,7 @@ def _padding(mask: Any, batch: int, total: int) -> tuple[list[int], bool]:
         )
     if tuple(mask.shape) != (batch, total):
         raise CacheError(
-            f"attention_mask is {tuple(mask.shape)}; it must cover the cached tokens and this call: "
-            f"{(batch, total)}"
+            f"attention_mask is {tuple(mask.shape)}; it must cover the cached tokens and this call: {(batch, total)}"
         )
     real = mask.bool()
     counts = real.sum(1, dtype=torch.long).tolist()

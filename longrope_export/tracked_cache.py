@@ -126,13 +126,9 @@ def _check_kind(cache: Any) -> None:
         raise CacheError(f"{kind} cannot be rebuilt when a row passes the window; {_ADVICE}")
     for layer in cache.layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            raise CacheError(
-                f"a cache with {type(layer).__name__} cannot be rebuilt at the window; {_ADVICE}"
-            )
+            raise CacheError(f"a cache with {type(layer).__name__} cannot be rebuilt at the window; {_ADVICE}")
     if cache.get_seq_length():
-        raise CacheError(
-            "the cache was filled elsewhere, so its set and tokens are unknown; start with an empty cache"
-        )
+        raise CacheError("the cache was filled elsewhere, so its set and tokens are unknown; start with an empty cache")
 
 
 def _check_tokens(cache: TrackedCache, scaling: RopeScaling, batch: int) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longrope_export.evaluation.losses import body_states, check_head, head_logits
-from longrope_export.rotary import FixedRotary, replace_rotary
+from longrope_export.rotary import FixedRotary, family_of, replace_rotary
 from longrope_export.search.protocol import Outcome, Trial
 from longrope_export.search.space import Candidate, RopeNumbers
 
@@ -37,6 +37,7 @@ class ModelObjective:
     def __init__(
         self, model: nn.Module, numbers: RopeNumbers, documents: Documents, *, recompute: bool | None = None
     ) -> None:
+        family_of(model)
         check_head(model)
         self.model = model.eval().requires_grad_(False)
         self._numbers = numbers

@@ -24,16 +24,20 @@ DECAY_SHARE = 0.3
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the weights, apart from the data; a checkpoint made with others is refused."""
+    """What decides the weights; a checkpoint made with others is refused. `data` is a hash of the training text.
+
+    Only `steps` may differ at a resume: before the rate has begun to fall, it decides nothing that was done.
+    """
 
     steps: int = 2000
     rows: int = 32
-    micro_rows: int = 16
+    micro_rows: int = 8
     learning_rate: float = 4e-3
     warm_up: int = 60
     weight_decay: float = 0.05
     clip: float = 1.0
     seed: int = 0
+    data: str = ""
 
 
 @dataclass

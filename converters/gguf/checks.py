@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 from longrope_export.converters.gguf.scaling_keys import STATIC_TENSOR
-from longrope_export.converters.lossy import gguf_losses, refuse_losses
+from longrope_export.converters.lossy import gguf_losses, refuse_losses, undone_losses
 
 from longrope_export.errors import InputFileError, ScalingError, UnsupportedModelError
 from longrope_export.formats.gguf_header import GgufHeader
@@ -42,9 +42,7 @@ def existing_factors(header: GgufHeader) -> npt.NDArray[np.float64] | None:
 def _architecture(header: GgufHeader) -> str:
     architecture = header.get("general.architecture")
     if not isinstance(architecture, str) or not architecture:
-        raise InputFileError(
-            f"{header.path} has no general.architecture; it is not a model that llama.cpp can run"
-        )
+        raise InputFileError(f"{header.path} has no general.architecture; it is not a model that llama.cpp can run")
     if f"{architecture}.context_length" not in header.metadata or not header.tensors:
         raise InputFileError(
             f"{header.path} is not a language model: it has no {architecture}.context_length or no tensors"
@@ -67,9 +65,7 @@ def check_architecture(name: str, architecture: str) -> None:
     if not row.has_rope:
         raise UnsupportedModelError(f"{name} has no rotary position embeddings (architecture {architecture})")
     if not row.honours_factors:
-        honouring = ", ".join(
-            sorted(entry.name for entry in GGUF_ARCHITECTURES.values() if entry.honours_factors)
-        )
+        honouring = ", ".join(sorted(entry.name for entry in GGUF_ARCHITECTURES.values() if entry.honours_factors))
         raise UnsupportedModelError(
             f"{name}: llama.cpp applies no long and short factors in architecture {architecture}; "
             f"it does in {honouring}"
@@ -79,9 +75,7 @@ def check_architecture(name: str, architecture: str) -> None:
 def _check_rotary_dim(header: GgufHeader, architecture: str, scaling: RopeScaling) -> None:
     rotary_dim = gguf_rotary_dim(header, architecture)
     if rotary_dim is None:
-        raise InputFileError(
-            f"{header.path} does not say how many dimensions it rotates; factors cannot be checked"
-        )
+        raise InputFileError(f"{header.path} does not say how many dimensions it rotates; factors cannot be checked")
     if rotary_dim != scaling.rotary_dim:
         raise ScalingError(
             f"the record has {scaling.rotary_dim // 2} factors, {header.path} needs {rotary_dim // 2} "
@@ -120,9 +114,7 @@ def window_losses(header: GgufHeader, scaling: RopeScaling) -> list[str]:
     original = _integer(header, f"{architecture}.rope.scaling.original_context_length") or window
     if scaling.original_max_position_embeddings in (window, original):
         return []
-    return [
-        f"the record extends a window of {scaling.original_max_position_embeddings}, the file has {original}"
-    ]
+    return [f"the record extends a window of {scaling.original_max_position_embeddings}, the file has {original}"]
 
 
 def composition_losses(header: GgufHeader, scaling: RopeScaling) -> list[str]:
@@ -134,10 +126,4 @@ def composition_losses(header: GgufHeader, scaling: RopeScaling) -> list[str]:
         return []
     if existing.shape != (scaling.rotary_dim // 2,) or not np.all(np.isfinite(existing) & (existing > 0)):
         raise InputFileError(f"{header.path} has a damaged {STATIC_TENSOR}; download or convert it again")
-    strength = np.log(existing).sum()
-    if strength <= 0 or np.log(np.asarray(scaling.short_factor)).sum() >= 0.5 * strength:
-        return []
-    return [
-        f"the file's own factors ({STATIC_TENSOR}, up to {existing.max():g}) are not in the record's "
-        "short factors; compose them with `longrope extend`"
-    ]
+    return undone_losses(existing, scaling, STATIC_TENSOR)

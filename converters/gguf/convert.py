@@ -35,7 +35,6 @@ from longrope_export.files import atomic_output
 from longrope_export.formats.hf_config import count, positive, read_json
 from longrope_export.formats.hf_scaling import scaling_from_config
 from longrope_export.formats.records import CONFIG_FILE
-from longrope_export.rope.hf_types import factors_from_rope_parameters
 from longrope_export.rope.methods import Factors
 from longrope_export.scaling import RopeScaling
 
@@ -105,7 +104,7 @@ def plan_conversion(
         tokenizer=read_tokenizer(source, count(model.values, "vocab_size"), config),
         tensors=_named_tensors(stored_tensors(model_shards(source)), model),
         scaling=scaling,
-        static=None if scaling else _static_factors(model),
+        static=None if scaling else model.static_factors(),
         dtype=dtype,
         losses=losses,
     )
@@ -127,28 +126,14 @@ def _check_supported(model: LanguageModel) -> None:
         )
     activation = model.values.get("hidden_act", "silu")
     if activation != "silu":
-        raise UnsupportedModelError(
-            f"hidden_act is {str(activation)[:40]!r}; llama.cpp's llama architecture has silu"
-        )
-
-
-def _static_factors(model: LanguageModel) -> Factors | None:
-    rope = model.rope
-    if rope.rope_type == "default":
-        return None
-    window = count(model.values, "max_position_embeddings")
-    if rope.rope_type == "dynamic":
-        raise UnsupportedModelError("dynamic NTK changes with every length; give a record with fixed factors")
-    return factors_from_rope_parameters(
-        rope.parameters, rotary_dim=model.rotary_dim, max_position_embeddings=window
-    )
+        raise UnsupportedModelError(f"hidden_act is {str(activation)[:40]!r}; llama.cpp's llama architecture has silu")
 
 
 def _losses(model: LanguageModel, scaling: RopeScaling | None) -> list[str]:
     losses = []
     if scaling is not None:
         model.check_record(scaling)
-        losses = gguf_losses(scaling) + model.window_losses(scaling)
+        losses = gguf_losses(scaling) + model.window_losses(scaling) + model.composition_losses(scaling)
     window = model.values.get("sliding_window") if model.family.name == "mistral" else None
     longest = scaling.max_position_embeddings if scaling else model.values["max_position_embeddings"]
     if isinstance(window, int) and window < longest:
@@ -170,9 +155,7 @@ def _named_tensors(stored: Mapping[str, StoredTensor], model: LanguageModel) -> 
         if name.endswith("rotary_emb.inv_freq") or (tied and mapped == "output.weight"):
             continue
         if mapped is None:
-            raise UnsupportedModelError(
-                f"the tensor {name[:200]!r} has no place in llama.cpp's llama architecture"
-            )
+            raise UnsupportedModelError(f"the tensor {name[:200]!r} has no place in llama.cpp's llama architecture")
         found[mapped] = tensor
     _check_shapes(found, model, layers, tied)
     return dict(sorted(found.items(), key=lambda item: _order(item[0])))
@@ -197,9 +180,7 @@ def _check_shapes(found: Mapping[str, StoredTensor], model: LanguageModel, layer
         if not shape or tensor.info.shape != shape:
             raise InputFileError(f"the tensor {name} has shape {tensor.info.shape}, config.json says {shape}")
     if missing := sorted(name for name in wanted if f"{name}.weight" not in found):
-        raise InputFileError(
-            f"the weights lack {missing[0]}.weight and {len(missing) - 1} more; download them again"
-        )
+        raise InputFileError(f"the weights lack {missing[0]}.weight and {len(missing) - 1} more; download them again")
 
 
 def _heads(model: LanguageModel) -> tuple[int, int]:
@@ -289,17 +270,13 @@ def _factor_tensors(scaling: RopeScaling | None, static: Factors | None) -> dict
     return {} if static is None else {STATIC_TENSOR: np.asarray(static.factors, np.float32)}
 
 
-def _add_tensor_infos(
-    writer: Any, tensors: Mapping[str, StoredTensor], factors: Mapping[str, Any], dtype: str
-) -> None:
+def _add_tensor_infos(writer: Any, tensors: Mapping[str, StoredTensor], factors: Mapping[str, Any], dtype: str) -> None:
     from gguf.constants import GGMLQuantizationType
 
     for name, tensor in tensors.items():
         kind = ggml_type(tensor.info.shape, dtype)
         size = encoded_bytes(tensor.info.shape, kind)
-        writer.add_tensor_info(
-            name, tensor.info.shape, np.dtype(np.float32), size, GGMLQuantizationType[kind]
-        )
+        writer.add_tensor_info(name, tensor.info.shape, np.dtype(np.float32), size, GGMLQuantizationType[kind])
     for name, values in factors.items():
         writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
 

@@ -117,10 +117,6 @@ def _described(value: Any) -> str:
         return repr(value)[:80]
     items = value.get("pretokenizers")
     kinds = (
-        [item.get("type") if isinstance(item, Mapping) else item for item in items]
-        if isinstance(items, list)
-        else []
+        [item.get("type") if isinstance(item, Mapping) else item for item in items] if isinstance(items, list) else []
     )
-    return (
-        f"{value.get('type')}({', '.join(map(str, kinds))})"[:120] if kinds else str(value.get("type"))[:80]
-    )
+    return f"{value.get('type')}({', '.join(map(str, kinds))})"[:120] if kinds else str(value.get("type"))[:80]

@@ -49,15 +49,9 @@ def read_tokenizer(folder: Path, vocab_size: int, config: Mapping[str, Any]) -> 
     if not path.is_file():
         raise InputFileError(f"{folder} has no tokenizer.json; save the tokenizer with save_pretrained first")
     values = read_json(path)
-    settings = (
-        read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
-    )
+    settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     model = values.get("model")
-    if (
-        not isinstance(model, Mapping)
-        or model.get("type") != "BPE"
-        or not isinstance(model.get("vocab"), Mapping)
-    ):
+    if not isinstance(model, Mapping) or model.get("type") != "BPE" or not isinstance(model.get("vocab"), Mapping):
         raise UnsupportedModelError(f"{path} is not a BPE tokenizer; only those are converted")
     if model.get("dropout") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise UnsupportedModelError(f"{path} uses dropout, subword prefixes or suffixes; llama.cpp has none")
@@ -95,9 +89,7 @@ def _sentencepiece(
     if unknown in common["tokens"]:
         typed[common["tokens"].index(unknown)] = UNKNOWN
     prefix = _space_prefix(path, values)
-    return GgufTokenizer(
-        model="llama", pre="default", types=typed, scores=scores, add_space_prefix=prefix, **common
-    )
+    return GgufTokenizer(model="llama", pre="default", types=typed, scores=scores, add_space_prefix=prefix, **common)
 
 
 def _scores(path: Path, tokens: list[str], types: list[int], pairs: list[list[str]]) -> list[float]:
@@ -112,9 +104,7 @@ def _scores(path: Path, tokens: list[str], types: list[int], pairs: list[list[st
     for left, right in pairs:
         piece = left + right
         if piece != previous and piece in rank:
-            raise UnsupportedModelError(
-                f"{path} is not made from a SentencePiece model: merges of {piece!r} are apart"
-            )
+            raise UnsupportedModelError(f"{path} is not made from a SentencePiece model: merges of {piece!r} are apart")
         rank.setdefault(piece, len(rank))
         made[piece] = made.get(piece, 0) + 1
         previous = piece
@@ -143,24 +133,18 @@ def _space_prefix(path: Path, values: Mapping[str, Any]) -> bool:
         metaspace = {"type": "Metaspace", "replacement": SPACE, "split": False}
         if {key: splitter.get(key) for key in metaspace} == metaspace:
             return splitter.get("prepend_scheme") in ("first", "always")
-    raise UnsupportedModelError(
-        f"{path} handles spaces in a way that llama.cpp's SentencePiece tokenizer does not"
-    )
+    raise UnsupportedModelError(f"{path} handles spaces in a way that llama.cpp's SentencePiece tokenizer does not")
 
 
 def _added(values: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     entries = values.get("added_tokens") or []
-    valid = isinstance(entries, list) and all(
-        isinstance(entry, Mapping) and "id" in entry for entry in entries
-    )
+    valid = isinstance(entries, list) and all(isinstance(entry, Mapping) and "id" in entry for entry in entries)
     if not valid:
         raise InputFileError("tokenizer.json: added_tokens must be a list of tokens with ids")
     return {str(entry.get("content")): entry for entry in entries}
 
 
-def _all_ids(
-    path: Path, values: Mapping[str, Any], vocab: Mapping[str, Any], vocab_size: int
-) -> dict[str, int]:
+def _all_ids(path: Path, values: Mapping[str, Any], vocab: Mapping[str, Any], vocab_size: int) -> dict[str, int]:
     ids = {**vocab, **{content: entry["id"] for content, entry in _added(values).items()}}
     taken: dict[int, str] = {}
     for token, index in ids.items():
@@ -169,9 +153,7 @@ def _all_ids(
                 f"{path}: the token {token[:60]!r} has id {index}; the model has {vocab_size} embeddings"
             )
         if taken.setdefault(index, token) != token:
-            raise InputFileError(
-                f"{path}: the id {index} belongs to {taken[index][:60]!r} and to {token[:60]!r}"
-            )
+            raise InputFileError(f"{path}: the id {index} belongs to {taken[index][:60]!r} and to {token[:60]!r}")
     return ids
 
 
@@ -197,9 +179,7 @@ def _merges(path: Path, model: Mapping[str, Any]) -> list[str]:
     return joined
 
 
-def _special_ids(
-    ids: Mapping[str, int], settings: Mapping[str, Any], config: Mapping[str, Any]
-) -> dict[str, int]:
+def _special_ids(ids: Mapping[str, int], settings: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, int]:
     found: dict[str, int] = {}
     for name, key in _SPECIAL.items():
         token = settings.get(key)
@@ -207,11 +187,7 @@ def _special_ids(
         fallback = config.get(f"{key}_id")
         fallback = fallback[0] if isinstance(fallback, list) and fallback else fallback
         index = ids.get(token) if isinstance(token, str) else fallback
-        if (
-            isinstance(index, int)
-            and not isinstance(index, bool)
-            and 0 <= index <= max(ids.values(), default=-1)
-        ):
+        if isinstance(index, int) and not isinstance(index, bool) and 0 <= index <= max(ids.values(), default=-1):
             found[name] = index
     return found
 
@@ -230,11 +206,7 @@ def _template(post_processor: Any) -> list[Any]:
         return []
     if post_processor.get("type") == "Sequence":
         inner = post_processor.get("processors")
-        return (
-            next((steps for item in inner if (steps := _template(item))), [])
-            if isinstance(inner, list)
-            else []
-        )
+        return next((steps for item in inner if (steps := _template(item))), []) if isinstance(inner, list) else []
     single = post_processor.get("single")
     return single if isinstance(single, list) else []
 

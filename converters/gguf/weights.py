@@ -93,9 +93,7 @@ def encode(values: Array32, name: str, tensor: str) -> npt.NDArray[Any]:
         with np.errstate(over="ignore"):
             half = values.astype(np.float16)
         if np.isfinite(values).all() and not np.isfinite(half).all():
-            raise NumericalError(
-                f"the tensor {tensor} has values beyond float16's range; convert with --dtype bf16"
-            )
+            raise NumericalError(f"the tensor {tensor} has values beyond float16's range; convert with --dtype bf16")
         return half
     encoded: npt.NDArray[Any] = quantize(values, GGMLQuantizationType[name])
     return encoded

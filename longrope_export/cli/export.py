@@ -15,18 +15,14 @@ from longrope_export.cli.common import print_json
     "--scaling", "record", type=click.Path(path_type=Path), required=True,
     help="longrope.json, or any file that carries a record.",
 )  # fmt: skip
-@click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="Folder to write; it must not exist."
-)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write; it must not exist.")
 @click.option(
     "--dtype", type=click.Choice(["f32", "f16", "bf16", "q8_0"]),
     help="Of the GGUF made from a folder (default f16), or of the folder made from a GGUF (default f32).",
 )  # fmt: skip
 @click.option("--no-gguf", is_flag=True, help="Write the HF folder only.")
 @click.option("--no-hf", is_flag=True, help="Write the GGUF only.")
-@click.option(
-    "--allow-lossy", is_flag=True, help="Write even what a runtime cannot apply fully; it is listed."
-)
+@click.option("--allow-lossy", is_flag=True, help="Write even what a runtime cannot apply fully; it is listed.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def export(
     model: Path,
@@ -54,17 +50,13 @@ def export(
     from longrope_export.formats.records import read_scaling
 
     scaling = read_scaling(record)
-    result = export_model(
-        model, out, scaling, dtype=dtype, gguf=not no_gguf, hf=not no_hf, allow_lossy=allow_lossy
-    )
+    result = export_model(model, out, scaling, dtype=dtype, gguf=not no_gguf, hf=not no_hf, allow_lossy=allow_lossy)
     notes = [] if no_gguf else gguf_notes(scaling)
     gguf = str(result.gguf) if result.gguf else None
     if as_json:
         print_json({"folder": str(out), "gguf": gguf, "lossy": result.lossy, "notes": notes})
         return
-    click.echo(
-        f"{out}: window {scaling.original_max_position_embeddings} → {scaling.max_position_embeddings}"
-    )
+    click.echo(f"{out}: window {scaling.original_max_position_embeddings} → {scaling.max_position_embeddings}")
     if gguf:
         click.echo(f"{gguf}: {Path(gguf).stat().st_size:,} bytes")
     for line in result.lossy:

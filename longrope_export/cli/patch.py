@@ -19,9 +19,7 @@ from longrope_export.cli.common import print_json
     help="longrope.json, or any file that carries a record.",
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="GGUF file to write.")
-@click.option(
-    "--allow-lossy", is_flag=True, help="Write even what llama.cpp cannot apply fully; it is listed."
-)
+@click.option("--allow-lossy", is_flag=True, help="Write even what llama.cpp cannot apply fully; it is listed.")
 @click.option("--overwrite", is_flag=True, help="Replace --out if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def patch(model: Path, record: Path, out: Path, allow_lossy: bool, overwrite: bool, as_json: bool) -> None:

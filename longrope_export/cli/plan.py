@@ -50,9 +50,7 @@ def plan(model: str, target: str, threads: int | None, dtype: str, no_probe: boo
         return
     print_table(_rows(result), title=f"{printable(model)}: {result.window:,} → {result.target:,} tokens")
     print_table(result.runtimes.items(), title="What each runtime will apply")
-    notes = [("not measured", line) for line in result.not_measured] + [
-        ("!", line) for line in result.warnings
-    ]
+    notes = [("not measured", line) for line in result.not_measured] + [("!", line) for line in result.warnings]
     if notes:
         print_table(notes, title="Notes")
 
@@ -65,8 +63,7 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
     rows = [(f"KV cache, {name}", size(count)) for name, count in plan.kv_cache.items()]
     rows.append(("weights as stored", size(plan.weights)))
     rows += [
-        (f"weights + {name} cache", f"{size(count)}{_verdict(plan.fits[name])}")
-        for name, count in plan.needed.items()
+        (f"weights + {name} cache", f"{size(count)}{_verdict(plan.fits[name])}") for name, count in plan.needed.items()
     ]
     if plan.available is not None:
         rows.append(("memory available now", size(plan.available)))
@@ -82,9 +79,7 @@ def _estimate_rows(plan: Plan, estimate: Estimate) -> list[tuple[str, str]]:
         rows.append(("", f"about {duration(estimate.quiet_seconds)} without the other programs that run now"))
     rows.append(("one gradient step", f"about {duration(3 * estimate.seconds)} a text (three evaluations)"))
     if estimate.peak_bytes is not None:
-        rows.append(
-            ("evaluation's peak memory", f"{size(estimate.peak_bytes)}{_verdict(plan.fits['evaluation'])}")
-        )
+        rows.append(("evaluation's peak memory", f"{size(estimate.peak_bytes)}{_verdict(plan.fits['evaluation'])}"))
     return rows
 
 

@@ -31,25 +31,41 @@ def rotation_of(model: nn.Module) -> Callable[[int], Hashable]:
     in every forward pass.
     """
     try:
-        decoder, installed = decoder_of(model), rotary_module(model)
+        decoder, rotary = decoder_of(model), _full_rotary(model)
     except UnsupportedModelError:
         return _by_config(model)
-    rotary = installed.full if isinstance(installed, LayerTypeRotary) else installed
     for hook in decoder._forward_pre_hooks.values():
         if isinstance(hook, SequenceSwitch) and hook.rotary is rotary:
             return hook.sets.index
     return (lambda length: 0) if isinstance(rotary, FixedRotary) else _by_config(model)
 
 
+def is_dynamic(model: nn.Module) -> bool:
+    """Whether transformers' own dynamic NTK rotates, whose frequencies depend on earlier calls too."""
+    try:
+        if isinstance(_full_rotary(model), FixedRotary):
+            return False
+    except UnsupportedModelError:
+        pass
+    return "dynamic" in _rope_types(model)
+
+
+def _full_rotary(model: nn.Module) -> nn.Module:
+    installed = rotary_module(model)
+    return installed.full if isinstance(installed, LayerTypeRotary) else installed
+
+
 def _by_config(model: Any) -> Callable[[int], Hashable]:
-    entries = _rope_entries(model)
-    kinds = {entry.get("rope_type", "default") for entry in entries}
     window = original_window(model)
-    if "dynamic" in kinds:
+    if "dynamic" in _rope_types(model):
         return lambda length: max(length, window)
-    if "longrope" in kinds:
+    if "longrope" in _rope_types(model):
         return lambda length: length > window
     return lambda length: 0
+
+
+def _rope_types(model: Any) -> set[str]:
+    return {entry.get("rope_type", "default") for entry in _rope_entries(model)}
 
 
 def original_window(model: Any) -> int:
@@ -57,9 +73,7 @@ def original_window(model: Any) -> int:
     config = model.config.get_text_config()
     named = [entry.get("original_max_position_embeddings") for entry in _rope_entries(model)]
     named.append(getattr(config, "original_max_position_embeddings", None))
-    return int(
-        min((value for value in named if value), default=getattr(config, "max_position_embeddings", 0) or 0)
-    )
+    return int(min((value for value in named if value), default=getattr(config, "max_position_embeddings", 0) or 0))
 
 
 def _rope_entries(model: Any) -> list[dict[str, Any]]:

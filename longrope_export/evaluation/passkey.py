@@ -64,9 +64,7 @@ def build_prompt(tokenizer: Any, length: int, key: int, depth: float) -> Passkey
             "ask for a longer length"
         )
     before = round(depth * room)
-    prompt = (
-        introduction + _filler(tokenizer, before) + sentence + _filler(tokenizer, room - before) + question
-    )
+    prompt = introduction + _filler(tokenizer, before) + sentence + _filler(tokenizer, room - before) + question
     return PasskeyPrompt(tuple(prompt), tuple(answer), key, depth)
 
 
@@ -115,9 +113,7 @@ class PasskeyResult:
     def accuracy(self, length: int, mode: Literal["forced", "generate"] = "forced") -> float | None:
         """Share of trials at `length` with the right key, or None when this mode was not run there."""
         scores = [
-            trial.forced if mode == "forced" else trial.generated
-            for trial in self.trials
-            if trial.length == length
+            trial.forced if mode == "forced" else trial.generated for trial in self.trials if trial.length == length
         ]
         known = [score for score in scores if score is not None]
         return sum(known) / len(known) if known else None
@@ -159,11 +155,7 @@ def evaluate_passkey(
 
     Raises `TextTooShortError` when a length has no room for the template, before anything is run.
     """
-    prompts = [
-        prompt
-        for length in sorted(set(lengths))
-        for prompt in passkey_prompts(tokenizer, length, trials, seed)
-    ]
+    prompts = [prompt for length in sorted(set(lengths)) for prompt in passkey_prompts(tokenizer, length, trials, seed)]
     check_head(model)
     everything = sum(prompt.length for prompt in prompts)
     started, done, scored = time.perf_counter(), 0, []
@@ -197,9 +189,7 @@ def forced_correct(model: nn.Module, tokenizer: Any, prompt: PasskeyPrompt) -> b
     with torch.no_grad():
         logits = head_logits(model, body_states(model, ids)[0, start:-1])
     if not torch.isfinite(logits).all():
-        raise NumericalError(
-            f"the model gives NaN or infinite logits at {prompt.length:,} tokens; try --dtype float32"
-        )
+        raise NumericalError(f"the model gives NaN or infinite logits at {prompt.length:,} tokens; try --dtype float32")
     right = logits.argmax(-1).tolist()
     return all(
         chosen == wanted

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from longrope_export.errors import NumericalError, TextTooShortError, UnsupportedModelError
 from longrope_export.evaluation.documents import Row, iter_ids
-from longrope_export.evaluation.losses import check_head, token_losses
-from longrope_export.evaluation.passes import forward_lengths, original_window, rotation_of
+from longrope_export.evaluation.losses import body_states, check_head, token_losses
+from longrope_export.evaluation.passes import forward_lengths, is_dynamic, original_window, rotation_of
 
 __all__ = ["LengthResult", "PerplexityResult", "SpanResult", "evaluate_perplexity", "token_losses"]
 
@@ -67,9 +67,7 @@ class PerplexityResult:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form without the per-token losses."""
         return {
-            "lengths": [
-                dict(vars(result), document_nll=list(result.document_nll)) for result in self.lengths
-            ],
+            "lengths": [dict(vars(result), document_nll=list(result.document_nll)) for result in self.lengths],
             "spans": [dict(vars(span)) for span in self.spans],
             "documents": list(self.documents),
             "forward_passes": self.forward_passes,
@@ -106,9 +104,7 @@ def evaluate_perplexity(
     losses = _run(model, ids, names, sorted(set(passes.values())), chunk, progress)
     return PerplexityResult(
         lengths=tuple(_at_length(losses[passes[length]], length) for length in ordered),
-        spans=tuple(
-            _spans(losses[ordered[-1]], span_edges or default_span_edges(ordered[-1], original_window(model)))
-        ),
+        spans=tuple(_spans(losses[ordered[-1]], span_edges or default_span_edges(ordered[-1], original_window(model)))),
         losses=losses,
         documents=names,
         forward_passes=len(losses) * len(ids),
@@ -137,6 +133,10 @@ def _run(
     device = next(model.parameters()).device
     done, everything = 0, sum(lengths) * len(ids)
     losses = {length: np.empty((len(ids), length - 1), np.float32) for length in lengths}
+    if is_dynamic(model):
+        # transformers keeps the frequencies of the longest call so far; a call of one token resets them.
+        with torch.no_grad():
+            body_states(model, ids[0][None, :1].to(device))
     for length in lengths:
         for index, row in enumerate(ids):
             with torch.no_grad():

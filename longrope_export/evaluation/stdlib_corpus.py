@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from longrope_export.errors import InputFileError
+from longrope_export.files import sha256
 
 Split = Literal["train", "search", "validation", "report"]
 
@@ -69,6 +70,13 @@ def documents(
     if min_tokens and tokenize_text is None:
         raise ValueError("min_tokens needs tokenize_text")
     return [d for d in found if not min_tokens or len(tokenize_text(d.text)) >= min_tokens]  # type: ignore[misc]
+
+
+def file_hashes(split: Split, library: Path | None = None) -> dict[str, str]:
+    """SHA-256 of every source file of a split (its bytes, as `sha256sum` gives it) by path inside the library."""
+    folder = library or Path(sysconfig.get_path("stdlib"))
+    files = (file for files in _sources(folder, split).values() for file in files)
+    return {file.relative_to(folder).as_posix(): sha256(file) for file in files}
 
 
 def training_tests(library: Path | None = None) -> list[Document]:

@@ -94,8 +94,7 @@ def _rotating_architecture(header: GgufHeader) -> GgufArchitecture:
         )
     if not has_keys:
         raise UnsupportedModelError(
-            f"neither {name}.rope.freq_base nor {name}.rope.dimension_count is in the file: it is "
-            "not a RoPE model"
+            f"neither {name}.rope.freq_base nor {name}.rope.dimension_count is in the file: it is not a RoPE model"
         )
     if gguf.pair_layout not in ("NORM", "NEOX"):
         raise UnsupportedModelError(
@@ -194,9 +193,7 @@ def _existing(
     linear = 1.0 if parameters["rope_type"] == "yarn" else float(parameters.get("factor", 1.0))
     static = read_factors(header, STATIC_TENSOR)
     if static is not None and 2 * len(static) != rotary:
-        raise InputFileError(
-            f"{header.path}: {STATIC_TENSOR} has {len(static)} values, {rotary // 2} are needed"
-        )
+        raise InputFileError(f"{header.path}: {STATIC_TENSOR} has {len(static)} values, {rotary // 2} are needed")
     divisors = np.full(rotary // 2, linear)
     if scaling is not None and static is None:
         divisors, attention = divisors * np.array(scaling.short_factor), scaling.short_attention_factor
@@ -227,40 +224,29 @@ def _layer_types(keys: _Keys, layers: int) -> tuple[tuple[str, ...], int | None]
 
 def _vocab(keys: _Keys) -> int:
     tokens = keys.header.metadata.get("tokenizer.ggml.tokens")
-    return keys.count(
-        "vocab_size", tokens.array_length if tokens is not None and tokens.array_length else None
-    )
+    return keys.count("vocab_size", tokens.array_length if tokens is not None and tokens.array_length else None)
 
 
-def _warnings(
-    header: GgufHeader, keys: _Keys, gguf: GgufArchitecture, scaling: RopeScaling | None
-) -> list[str]:
+def _warnings(header: GgufHeader, keys: _Keys, gguf: GgufArchitecture, scaling: RopeScaling | None) -> list[str]:
     found = []
     kind = keys.value("rope.scaling.type")
     names = {info.name for info in header.tensors}
     factor_names = sorted(names & {"rope_factors_long.weight", "rope_factors_short.weight"})
     if kind == "longrope" and not factor_names:
-        found.append(
-            "rope.scaling.type is longrope, but there are no factor tensors: llama.cpp runs plain RoPE"
-        )
+        found.append("rope.scaling.type is longrope, but there are no factor tensors: llama.cpp runs plain RoPE")
     if factor_names and not gguf.honours_factors:
         found.append(f"llama.cpp does not apply factor tensors for architecture {gguf.name} ({gguf.factors})")
     if factor_names and gguf.needs_type and kind != "longrope":
         found.append("factor tensors without rope.scaling.type = longrope: llama.cpp does not load the file")
     if factor_names and STATIC_TENSOR in names:
-        found.append(
-            f"{STATIC_TENSOR} stands beside long and short factors: llama.cpp does not load the file"
-        )
+        found.append(f"{STATIC_TENSOR} stands beside long and short factors: llama.cpp does not load the file")
     if len(factor_names) == 1:
         found.append(f"only {factor_names[0]} is there: plain RoPE applies in the other regime")
     if factor_names and f"{gguf.name}.rope.scaling.original_context_length" not in header.metadata:
-        found.append(
-            "rope.scaling.original_context_length is missing: long factors are never used inside the window"
-        )
+        found.append("rope.scaling.original_context_length is missing: long factors are never used inside the window")
     if scaling is not None and scaling.original_max_position_embeddings % 256:
         found.append(
-            "the original window is no multiple of 256: llama.cpp pads the context and "
-            "may choose long factors early"
+            "the original window is no multiple of 256: llama.cpp pads the context and may choose long factors early"
         )
     if gguf.whole_head and gguf_rotary_dim(header, 0) not in (0, _head_dim(keys)):
         found.append("rope.dimension_count is not the head's size: llama.cpp does not load the file")
@@ -268,6 +254,4 @@ def _warnings(
 
 
 def _head_dim(keys: _Keys) -> int:
-    return keys.count(
-        "attention.key_length", keys.count("embedding_length") // keys.count("attention.head_count") or 1
-    )
+    return keys.count("attention.key_length", keys.count("embedding_length") // keys.count("attention.head_count") or 1)

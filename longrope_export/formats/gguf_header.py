@@ -349,9 +349,7 @@ def _read_tensor_info(cursor: _Cursor) -> TensorInfo:
     name = cursor.name("a tensor name", MAX_NAME_BYTES)
     dimensions = cursor.u32()
     if dimensions > MAX_DIMENSIONS:
-        raise cursor.error(
-            f"the tensor {name!r} has {dimensions:,} dimensions, at most {MAX_DIMENSIONS} are allowed"
-        )
+        raise cursor.error(f"the tensor {name!r} has {dimensions:,} dimensions, at most {MAX_DIMENSIONS} are allowed")
     shape = tuple(cursor.u64() for _ in range(dimensions))
     ggml_type, offset = cursor.u32(), cursor.u64()
     size = _tensor_size(cursor, name, shape, ggml_type)

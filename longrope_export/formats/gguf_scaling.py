@@ -38,9 +38,7 @@ def scaling_from_gguf(header: GgufHeader) -> RopeScaling | None:
     own = RopeScaling.from_json(text)
     if found is None:
         found = _static_scaling(header, own)
-    check_agreement(
-        own, found, f"{header.path}: the key {RECORD_KEY}", "the tensors and keys that llama.cpp reads"
-    )
+    check_agreement(own, found, f"{header.path}: the key {RECORD_KEY}", "the tensors and keys that llama.cpp reads")
     return own
 
 
@@ -57,8 +55,7 @@ def _check_length(header: GgufHeader, pairs: int) -> None:
     rotary_dim = gguf_rotary_dim(header, 0) or 2 * pairs
     if rotary_dim != 2 * pairs:
         raise InputFileError(
-            f"{header.path}: the factor tensors have {pairs} values, rope.dimension_count needs "
-            f"{rotary_dim // 2}"
+            f"{header.path}: the factor tensors have {pairs} values, rope.dimension_count needs {rotary_dim // 2}"
         )
 
 
@@ -91,8 +88,7 @@ def _static_scaling(header: GgufHeader, own: RopeScaling) -> RopeScaling:
     factors = read_factors(header, STATIC_TENSOR)
     if factors is None:
         raise InputFileError(
-            f"{header.path} has the key {RECORD_KEY}, but no factor tensors; write it again with "
-            "`longrope patch`"
+            f"{header.path} has the key {RECORD_KEY}, but no factor tensors; write it again with `longrope patch`"
         )
     found = _record(header, factors, factors, "GGUF rope_freqs")
     return replace(found, original_max_position_embeddings=own.original_max_position_embeddings)

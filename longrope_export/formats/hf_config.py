@@ -47,9 +47,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise InputFileError(f"{path} does not exist or is not a file")
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise InputFileError(
-                f"{path} has over {MAX_CONFIG_BYTES:,} bytes; it is not a model's configuration"
-            )
+            raise InputFileError(f"{path} has over {MAX_CONFIG_BYTES:,} bytes; it is not a model's configuration")
         values = json.loads(path.read_bytes().decode(), object_pairs_hook=unique, parse_constant=refuse)
     except OSError as error:
         raise InputFileError(f"{path} cannot be read: {error.strerror or error}") from error
@@ -74,9 +72,7 @@ def count(config: Mapping[str, Any], key: str) -> int:
     """A whole number of config.json from 1 to 2^31 − 1; raises `InputFileError` for anything else."""
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_COUNT:
-        raise InputFileError(
-            f"config.json: {key} is {short(value)}; it must be a whole number from 1 to {MAX_COUNT}"
-        )
+        raise InputFileError(f"config.json: {key} is {short(value)}; it must be a whole number from 1 to {MAX_COUNT}")
     return value
 
 
@@ -132,14 +128,11 @@ def _object(config: Mapping[str, Any], key: str) -> dict[str, Any]:
     return dict(value)
 
 
-def differences(
-    config: Mapping[str, Any], parameters: Mapping[str, Any], scaling: Mapping[str, Any]
-) -> list[str]:
+def differences(config: Mapping[str, Any], parameters: Mapping[str, Any], scaling: Mapping[str, Any]) -> list[str]:
     """Warnings where rope_scaling overrides a different rope_parameters."""
     theta = config.get("rope_theta")
     left, right = (
-        {"rope_theta": theta} | {k: v for k, v in side.items() if k != "type"}
-        for side in (parameters, scaling)
+        {"rope_theta": theta} | {k: v for k, v in side.items() if k != "type"} for side in (parameters, scaling)
     )
     left["rope_type"], right["rope_type"] = rope_type(parameters), rope_type(scaling)
     names = sorted(name for name in set(left) | set(right) if left.get(name) != right.get(name))
@@ -165,9 +158,7 @@ def _fill_original(config: Mapping[str, Any], values: dict[str, Any], warnings: 
     top, inner = config.get(key), values.get(key)
     if top is not None:
         if inner is not None and inner != top:
-            warnings.append(
-                f"the top-level {key} ({short(top)}) overrides the one beside the factors ({short(inner)})"
-            )
+            warnings.append(f"the top-level {key} ({short(top)}) overrides the one beside the factors ({short(inner)})")
         values[key] = top
     elif inner is None:
         warnings.append(
@@ -204,7 +195,5 @@ def _nested(
 
 def _rope(values: dict[str, Any]) -> HfRope:
     kind = rope_type(values)
-    parameters = {"rope_type": kind} | {
-        key: value for key, value in values.items() if key not in ("type", "rope_type")
-    }
+    parameters = {"rope_type": kind} | {key: value for key, value in values.items() if key not in ("type", "rope_type")}
     return HfRope(kind, positive(values, "rope_theta"), positive(values, "partial_rotary_factor"), parameters)

@@ -48,9 +48,8 @@ def _config_path(folder: Path) -> Path:
     path = folder / CONFIG_FILE
     if not path.is_file():
         ggufs = sorted(folder.glob("*.gguf"))
-        hint = f"; name its GGUF file, for example {ggufs[0]}" if ggufs else "; name a model "
-        "folder or a .gguf file"
-        raise InputFileError(f"{folder} has no {CONFIG_FILE}{hint}")
+        hint = f"its GGUF file, for example {ggufs[0]}" if ggufs else "a model folder or a .gguf file"
+        raise InputFileError(f"{folder} has no {CONFIG_FILE}; name {hint}")
     return path
 
 
@@ -118,9 +117,7 @@ def _without_mscale(parameters: Mapping[str, Any]) -> dict[str, Any]:
     # transformers ignores them; a warning says so instead of a refusal.
     longrope = parameters["rope_type"] in ("longrope", "su")
     return {
-        key: value
-        for key, value in parameters.items()
-        if not (longrope and key in ("short_mscale", "long_mscale"))
+        key: value for key, value in parameters.items() if not (longrope and key in ("short_mscale", "long_mscale"))
     }
 
 
@@ -129,11 +126,7 @@ def _layer_types(family: Family, values: Mapping[str, Any]) -> tuple[str, ...]:
     explicit = values.get("layer_types")
     if explicit is None or not family.reads_layer_types:
         return family.layer_types(values, layers)
-    if (
-        not isinstance(explicit, list)
-        or len(explicit) != layers
-        or not set(map(str, explicit)) <= {FULL, SLIDING}
-    ):
+    if not isinstance(explicit, list) or len(explicit) != layers or not set(map(str, explicit)) <= {FULL, SLIDING}:
         raise InputFileError(f"config.json: layer_types must be {layers} times {FULL} or {SLIDING}")
     return tuple(explicit)
 
@@ -162,9 +155,7 @@ def rope_warnings(rope: HfRope, scaling: RopeScaling | None, values: Mapping[str
     if not values.get("rope_scaling"):
         found.append("only rope_parameters is written: transformers 4 and mlx-lm read rope_scaling")
     if scaling.factor == 1.0:
-        found.append(
-            "max_position_embeddings equals the original window: the long factors are never used inside it"
-        )
+        found.append("max_position_embeddings equals the original window: the long factors are never used inside it")
     return found
 
 
@@ -172,10 +163,7 @@ def window_warnings(sliding: int | None, window: int) -> list[str]:
     """What a sliding window shorter than the model's window means."""
     if sliding is None or sliding >= window:
         return []
-    return [
-        f"layers with sliding attention see {sliding:,} tokens only; factors matter in the "
-        "full-attention layers"
-    ]
+    return [f"layers with sliding attention see {sliding:,} tokens only; factors matter in the full-attention layers"]
 
 
 def _weights(folder: Path, warnings: list[str]) -> tuple[int, dict[str, int]]:
@@ -183,9 +171,7 @@ def _weights(folder: Path, warnings: list[str]) -> tuple[int, dict[str, int]]:
     if not files:
         pickles = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
         warnings.append(
-            "weights are pickle files, which are refused"
-            if pickles
-            else "the folder has no .safetensors weights"
+            "weights are pickle files, which are refused" if pickles else "the folder has no .safetensors weights"
         )
     parameters, sizes = 0, Counter[str]()
     for file in files:
@@ -216,7 +202,7 @@ def weight_files(folder: Path) -> list[Path]:
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise InputFileError(f"{index} has no weight_map of names")
     for name in sorted(set(names.values())):
-        if Path(name).name != name or "\\" in name or "\0" in name:
+        if name == ".." or Path(name).name != name or "\\" in name or "\0" in name:
             raise InputFileError(f"{index} names {short(name)}, which is not a file name in the folder")
         if not (folder / name).is_file():
             raise InputFileError(f"{folder / name} is missing, but {index} names it; download it again")

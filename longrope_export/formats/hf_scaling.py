@@ -69,8 +69,7 @@ def check_agreement(left: RopeScaling, right: RopeScaling, left_name: str, right
     """Raise `InputFileError` naming the fields in which two sources of one record differ in bits."""
     if names := [name for name in SHARED_FIELDS if getattr(left, name) != getattr(right, name)]:
         raise InputFileError(
-            f"{left_name} and {right_name} disagree in {', '.join(names)}; write the file again "
-            "from one record"
+            f"{left_name} and {right_name} disagree in {', '.join(names)}; write the file again from one record"
         )
 
 
@@ -112,9 +111,7 @@ def _check_single_source(values: Mapping[str, Any]) -> None:
     new = new.get(FULL, new)
     keys = ("long_factor", "short_factor", "attention_factor", "factor")
     if rope_type(new) not in LONGROPE_TYPES or any(new.get(key) != old.get(key) for key in keys):
-        raise InputFileError(
-            "config.json: rope_parameters and rope_scaling differ; remove the one that is wrong"
-        )
+        raise InputFileError("config.json: rope_parameters and rope_scaling differ; remove the one that is wrong")
 
 
 def _record(values: Mapping[str, Any], family: Family, rope: HfRope) -> RopeScaling:
@@ -161,11 +158,6 @@ def _attention_factor(parameters: Mapping[str, Any], original: int, window: int)
 
 def _number(values: Mapping[str, Any], name: str) -> float:
     value = values[name]
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not abs(value) < 1e30
-        or math.isnan(value)
-    ):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e30 or math.isnan(value):
         raise ScalingError(f"config.json: {name} is {short(value)}; it must be a finite number")
     return float(value)

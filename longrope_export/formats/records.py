@@ -79,9 +79,7 @@ def _from_folder(folder: Path) -> RopeScaling:
         *sorted(folder.glob("*.safetensors")),
         *sorted(folder.glob("*.gguf")),
     ]
-    found = [
-        (path, scaling) for path in candidates if path.is_file() and (scaling := read_file(path)) is not None
-    ]
+    found = [(path, scaling) for path in candidates if path.is_file() and (scaling := read_file(path)) is not None]
     if not found:
         raise InputFileError(f"{folder} carries no longrope scaling; see `longrope describe {folder}`")
     first_path, first = found[0]
@@ -93,9 +91,7 @@ def _from_folder(folder: Path) -> RopeScaling:
 def _check_same(first_path: Path, first: RopeScaling, path: Path, scaling: RopeScaling) -> None:
     check_agreement(first, scaling, str(first_path), str(path))
     if _is_complete(first_path) and _is_complete(path) and _plain(first) != _plain(scaling):
-        raise InputFileError(
-            f"{first_path} and {path} carry different records; write the folder again from one record"
-        )
+        raise InputFileError(f"{first_path} and {path} carry different records; write the folder again from one record")
 
 
 def _is_complete(path: Path) -> bool:

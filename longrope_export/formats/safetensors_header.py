@@ -90,13 +90,10 @@ def _header_length(path: Path, raw: bytes, size: int) -> int:
         raise InputFileError(f"{path} is truncated: a safetensors file has at least 8 bytes, this one {size}")
     length = int(_U64.unpack(raw)[0])
     if length > MAX_HEADER_BYTES:
-        raise _invalid(
-            path, f"its header declares {length:,} bytes, at most {MAX_HEADER_BYTES:,} are allowed"
-        )
+        raise _invalid(path, f"its header declares {length:,} bytes, at most {MAX_HEADER_BYTES:,} are allowed")
     if 8 + length > size:
         raise InputFileError(
-            f"{path} is truncated: the header needs {8 + length:,} bytes, the file has {size:,}; "
-            "download it again"
+            f"{path} is truncated: the header needs {8 + length:,} bytes, the file has {size:,}; download it again"
         )
     return length
 
@@ -161,8 +158,7 @@ def _check_coverage(path: Path, tensors: Mapping[str, SafetensorsTensor], data_s
         position = tensor.end
     if position > data_size:
         raise InputFileError(
-            f"{path} is truncated: its tensors need {position:,} bytes, {data_size:,} are there; "
-            "download it again"
+            f"{path} is truncated: its tensors need {position:,} bytes, {data_size:,} are there; download it again"
         )
     if position < data_size:
         raise _invalid(path, f"{data_size - position:,} bytes after its tensors belong to none")

@@ -64,9 +64,7 @@ def critical_dimension_ntk(wavelengths: Array, length: float, scale: float) -> A
     """
     critical = crossing(wavelengths, length)
     if critical <= 0.0:
-        raise ScalingError(
-            f"a window of {length} tokens has no critical dimension; the fastest pair exceeds it"
-        )
+        raise ScalingError(f"a window of {length} tokens has no critical dimension; the fastest pair exceeds it")
     return float(scale) ** (np.arange(len(wavelengths)) / critical)
 
 

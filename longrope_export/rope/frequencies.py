@@ -80,9 +80,7 @@ def check_rotary(rope_theta: float, rotary_dim: int) -> int:
     return rotary_dim // 2
 
 
-def as_factors(
-    values: Sequence[float] | npt.NDArray[np.floating], pairs: int, name: str = "factors"
-) -> Array:
+def as_factors(values: Sequence[float] | npt.NDArray[np.floating], pairs: int, name: str = "factors") -> Array:
     """Copy `values` to float64 [pairs]; raises `ScalingError` unless all are finite and above 0."""
     try:
         factors = np.array(values, dtype=np.float64)

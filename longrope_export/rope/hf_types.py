@@ -73,9 +73,7 @@ def factors_from_rope_parameters(
     values = dict(parameters or {})
     rope_type = rope_type_of(values)
     entry = HANDLED[rope_type]
-    if unknown := sorted(
-        key for key, value in values.items() if key not in entry.keys | _COMMON and value is not None
-    ):
+    if unknown := sorted(key for key, value in values.items() if key not in entry.keys | _COMMON and value is not None):
         raise UnsupportedModelError(
             f"rope type {rope_type!r} has the keys {', '.join(map(str, unknown))[:200]}, not known here"
         )
@@ -97,11 +95,7 @@ def rope_type_of(parameters: Mapping[str, Any] | None) -> str:
     if name == "mrope" and "mrope_section" in values:
         name = "default"  # sections choose a pair's position axis; the frequencies are plain
     if not isinstance(name, str) or name not in HANDLED:
-        reason = (
-            REFUSED.get(name, "this version does not know it")
-            if isinstance(name, str)
-            else "it is not a name"
-        )
+        reason = REFUSED.get(name, "this version does not know it") if isinstance(name, str) else "it is not a name"
         raise UnsupportedModelError(f"rope type {str(name)[:60]!r} cannot be turned into factors: {reason}")
     return name
 
@@ -188,9 +182,7 @@ def _number(values: Mapping[str, Any], name: str, default: float | None = None) 
     if value is None and default is not None:
         return default
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < 1e18:
-        raise ScalingError(
-            f"rope_parameters has {name} = {str(value)[:60]}; it must be a number greater than 0"
-        )
+        raise ScalingError(f"rope_parameters has {name} = {str(value)[:60]}; it must be a number greater than 0")
     return float(value)
 
 
@@ -201,15 +193,11 @@ HANDLED: dict[str, _RopeType] = {
     "dynamic": _RopeType(_dynamic, frozenset({"factor"})),
     "yarn": _RopeType(
         _yarn,
-        frozenset(
-            _LENGTH | {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}
-        ),
+        frozenset(_LENGTH | {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}),
     ),
     "llama3": _RopeType(_llama3, frozenset(_LENGTH | {"low_freq_factor", "high_freq_factor"})),
     "longrope": _RopeType(
         _longrope,
-        frozenset(
-            _LENGTH | {"attention_factor", "short_factor", "long_factor", "short_mscale", "long_mscale"}
-        ),
+        frozenset(_LENGTH | {"attention_factor", "short_factor", "long_factor", "short_mscale", "long_mscale"}),
     ),
 }

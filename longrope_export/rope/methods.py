@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +15,6 @@ from longrope_export.errors import ScalingError, UnsupportedModelError
 from longrope_export.rope import formulas
 from longrope_export.rope.frequencies import Array, as_factors, check_rotary, crossing, wavelengths
 from longrope_export.scaling import RopeScaling
-
-if TYPE_CHECKING:
-    from longrope_export.description import ModelDescription
 
 Short = Literal["same", "original"]
 
@@ -84,42 +81,30 @@ def _dynamic_ntk(setting: Setting, *, factor: float = 1.0, current_length: int |
     if factor < 1.0:
         raise ScalingError(f"factor is {factor}; dynamic-ntk needs at least 1")
     length = setting.target if current_length is None else current_length
-    return Factors(
-        formulas.ntk_aware(setting.pairs, formulas.dynamic_ntk_scale(length, setting.original, factor))
-    )
+    return Factors(formulas.ntk_aware(setting.pairs, formulas.dynamic_ntk_scale(length, setting.original, factor)))
 
 
-def _yarn(
-    setting: Setting, *, beta_fast: float = 32.0, beta_slow: float = 1.0, truncate: bool = True
-) -> Factors:
+def _yarn(setting: Setting, *, beta_fast: float = 32.0, beta_slow: float = 1.0, truncate: bool = True) -> Factors:
     kept = formulas.yarn_kept_share(setting.wavelengths, setting.original, beta_fast, beta_slow, truncate)
-    return Factors(
-        formulas.frequency_blend(kept, setting.scale), formulas.yarn_attention_factor(setting.scale)
-    )
+    return Factors(formulas.frequency_blend(kept, setting.scale), formulas.yarn_attention_factor(setting.scale))
 
 
 def _yarn_wavelength(
     setting: Setting, *, beta_fast: float = 32.0, beta_slow: float = 1.0, truncate: bool = True
 ) -> Factors:
     kept = formulas.yarn_kept_share(setting.wavelengths, setting.original, beta_fast, beta_slow, truncate)
-    return Factors(
-        formulas.wavelength_blend(kept, setting.scale), formulas.yarn_attention_factor(setting.scale)
-    )
+    return Factors(formulas.wavelength_blend(kept, setting.scale), formulas.yarn_attention_factor(setting.scale))
 
 
 def _llama3(setting: Setting, *, low_freq_factor: float = 1.0, high_freq_factor: float = 4.0) -> Factors:
     return Factors(
-        formulas.llama3(
-            setting.wavelengths, setting.original, setting.scale, low_freq_factor, high_freq_factor
-        )
+        formulas.llama3(setting.wavelengths, setting.original, setting.scale, low_freq_factor, high_freq_factor)
     )
 
 
 def _abf(setting: Setting, *, new_rope_theta: float | None = None) -> Factors:
     if new_rope_theta is None:
-        raise ScalingError(
-            "abf needs the new base: give new_rope_theta (Llama 2 Long went from 10000 to 500000)"
-        )
+        raise ScalingError("abf needs the new base: give new_rope_theta (Llama 2 Long went from 10000 to 500000)")
     if not (math.isfinite(new_rope_theta) and new_rope_theta >= setting.rope_theta):
         raise ScalingError(f"new_rope_theta is {new_rope_theta}; it must be at least {setting.rope_theta:g}")
     return Factors(formulas.base_change(setting.rope_theta, new_rope_theta, setting.pairs))
@@ -209,9 +194,7 @@ def method_factors(
     Raises `ScalingError` for an unknown method or option, a shrinking window, or values that the method
     cannot use.
     """
-    setting = _setting(
-        rope_theta, rotary_dim, original_max_position_embeddings, max_position_embeddings, existing
-    )
+    setting = _setting(rope_theta, rotary_dim, original_max_position_embeddings, max_position_embeddings, existing)
     method = _method(name, options)
     try:
         result = method.function(setting, **options)
@@ -261,20 +244,6 @@ def existing_from_scaling(scaling: RopeScaling | None) -> Factors | None:
     return Factors(np.array(scaling.long_factor, dtype=np.float64), scaling.long_attention_factor)
 
 
-def existing_of(description: ModelDescription) -> Factors | None:
-    """What a described model applies inside its window, for `method_scaling(existing=…)`; None: plain RoPE.
-
-    Raises `UnsupportedModelError` as `existing_from_scaling`.
-    """
-    if description.scaling is not None:
-        return existing_from_scaling(description.scaling)
-    if description.existing_factors is None:
-        return None
-    return Factors(
-        np.array(description.existing_factors, dtype=np.float64), description.existing_attention_factor
-    )
-
-
 def method_scaling(
     name: str,
     *,
@@ -314,14 +283,10 @@ def method_scaling(
     )
 
 
-def _setting(
-    rope_theta: float, rotary_dim: int, original: int, target: int, existing: Factors | None
-) -> Setting:
+def _setting(rope_theta: float, rotary_dim: int, original: int, target: int, existing: Factors | None) -> Setting:
     check_rotary(rope_theta, rotary_dim)
     if original < 2 or target < original:
-        raise ScalingError(
-            f"the window would go from {original} to {target} tokens; give a length above the first"
-        )
+        raise ScalingError(f"the window would go from {original} to {target} tokens; give a length above the first")
     present = None if existing is None else existing.factors
     return Setting(rope_theta, original, target, wavelengths(rope_theta, rotary_dim, present))
 
@@ -343,9 +308,7 @@ def _short_kind(short: Short | None, method: Method) -> Short:
     return kind
 
 
-def _provenance(
-    name: str, short: Short, existing: Factors | None, options: Mapping[str, Any]
-) -> dict[str, Any]:
+def _provenance(name: str, short: Short, existing: Factors | None, options: Mapping[str, Any]) -> dict[str, Any]:
     entries: dict[str, Any] = {"method": name, "short": short}
     given = {key: np.asarray(value).tolist() for key, value in sorted(options.items()) if value is not None}
     if given:

@@ -36,9 +36,7 @@ MORE: dict[str, dict[str, Any]] = {
     "mistral": {"head_dim": 16, "sliding_window": 8},
     "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3},
     "qwen3": {"head_dim": 16},
-    "phi3": {
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
-    },
+    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}},
     "granite": {},
     "gemma2": {"head_dim": 16, "sliding_window": 8},
     "gemma3_text": {"head_dim": 16, "sliding_window": 8, "layer_types": [SLIDING, FULL, SLIDING, FULL]},
@@ -93,7 +91,10 @@ def test_description_equals_the_loaded_config(tiny: tuple[str, Any, Path]) -> No
     description, config = describe(folder), AutoConfig.from_pretrained(folder)
     family = family_for_config(model_type)
     assert type(model).__name__ in family.architectures
-    assert description.head_dim == model.model.layers[0].self_attn.head_dim
+    attention = model.model.layers[0].self_attn
+    assert description.head_dim == attention.head_dim
+    assert hasattr(attention, "q_norm") == family.qk_norm
+    assert hasattr(config, "original_max_position_embeddings") == family.top_level_original
     assert (description.layers, description.heads, description.kv_heads) == (4, 2, 1)
     assert (description.hidden, description.vocab, description.window) == (48, 97, 64)
     rope = config.rope_parameters[FULL] if family.nested_rope else config.rope_parameters
@@ -103,9 +104,7 @@ def test_description_equals_the_loaded_config(tiny: tuple[str, Any, Path]) -> No
     if SLIDING in description.layer_types:
         assert description.sliding_window == config.sliding_window
     counted = sum(parameter.numel() for parameter in model.state_dict().values())
-    assert description.parameters == counted - (
-        model.lm_head.weight.numel() if config.tie_word_embeddings else 0
-    )
+    assert description.parameters == counted - (model.lm_head.weight.numel() if config.tie_word_embeddings else 0)
 
 
 @pytest.mark.parametrize("model_type", sorted(MORE))
@@ -136,9 +135,7 @@ def test_the_multimodal_gemma3_has_its_rotary_module_elsewhere() -> None:
     family = FAMILIES["gemma3"]
     text = {**TINY, **MORE["gemma3_text"]}
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
-    config = transformers.Gemma3Config(
-        text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14}
-    )
+    config = transformers.Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
     model = transformers.Gemma3ForConditionalGeneration(config)
     assert type(model).__name__ in family.architectures
     assert family.multimodal_rotary_path is not None
@@ -208,3 +205,15 @@ def test_every_family_has_gguf_architectures_with_its_pair_layout() -> None:
     assert row is not None
     assert row.name == "llama"
     assert family_for_gguf("falcon") is None
+
+
+def test_the_documented_tables_are_the_tables() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
+    lines = [line.split(" #")[0] for line in text.splitlines()]
+    for family in FAMILIES.values():
+        layout, archs = family.pair_layout, ", ".join(f"`{name}`" for name in family.gguf_architectures)
+        types = ", ".join(f"`{name}`" for name in family.model_types)
+        assert sum(line.startswith(f"| {family.name} | {types} | {archs} | {layout} |") for line in lines) == 1
+    for row in GGUF_ARCHITECTURES.values():
+        expected = f"| `{row.name}` | {row.pair_layout} | {'yes' if row.needs_type else 'no'} | {row.static} |"
+        assert sum(line == expected for line in lines) == int(row.honours_factors), expected

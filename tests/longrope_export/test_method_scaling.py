@@ -70,6 +70,13 @@ def test_options_reach_the_record_and_its_provenance() -> None:
     assert RopeScaling.from_json(scaling.to_json()) == scaling
 
 
+def test_options_that_are_not_given_leave_no_trace() -> None:
+    plain = record("yarn")
+    assert record("yarn", attention_factor=None) == plain
+    assert "options" not in plain.provenance
+    assert "composed_with" not in plain.provenance
+
+
 def test_an_unknown_short_is_refused() -> None:
     with pytest.raises(ScalingError, match="short is 'none'"):
         record("pi", short="none")
@@ -106,9 +113,7 @@ def test_pi_on_pi_is_pi() -> None:
 def test_llama31_four_times_further() -> None:
     """Fast pairs stay, pairs that llama3 divided by 8 and that never complete a turn in 131,072 end at 32."""
     existing = llama31_existing()
-    scaling = method_scaling(
-        "yarn", **LLAMA31, max_position_embeddings=524288, existing=existing, short="original"
-    )
+    scaling = method_scaling("yarn", **LLAMA31, max_position_embeddings=524288, existing=existing, short="original")
     assert scaling.short_factor == pytest.approx(tuple(existing.factors), rel=1e-7)
     assert scaling.short_attention_factor == 1.0
     assert scaling.original_max_position_embeddings == 131072

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import copy
+import io
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,6 @@ def test_scaled_capped_and_tied_heads(family: str) -> None:
         assert (losses - plain).abs().max() > 0.05, "the family's rule makes no difference here: the test is empty"
 
 
-
 def test_a_head_that_is_not_understood_is_refused(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     own = type(model).forward
 
@@ -149,12 +149,12 @@ def test_lm_head_never_sees_more_than_a_chunk(model: Any) -> None:
 
 def test_peak_memory_does_not_grow_with_length_times_vocabulary() -> None:
     model = random_model("llama", head_dim=32)
-    model.resize_token_embeddings(20_000)
-    row = ids(2_001)
-    sizes = [tensor.numel() for tensor in created_tensors(lambda: token_losses(model, row, chunk=64))]
-    assert max(sizes) <= 64 * 20_000
+    model.resize_token_embeddings(8_000)
+    row = ids(401)
+    sizes = [tensor.numel() for tensor in created_tensors(lambda: token_losses(model, row, chunk=16))]
+    assert max(sizes) <= 16 * 8_000
     full = created_tensors(lambda: model(row, use_cache=False))
-    assert max(tensor.numel() for tensor in full) > 2_000 * 20_000, "the measuring does not see the full logits"
+    assert max(tensor.numel() for tensor in full) >= 400 * 8_000, "the measuring does not see the full logits"
 
 
 def created_tensors(call: Any) -> list[Tensor]:
@@ -246,7 +246,7 @@ def test_a_span_holds_the_losses_of_its_own_target_tokens(model: Any) -> None:
 
 @pytest.mark.parametrize(
     ("longest", "window", "step"),
-    [(16384, 8192, 2048), (32768, 8192, 4096), (2048, 256, 256), (256, 256, 32), (131072, 8192, 8192), (7, 0, 1)],
+    [(16384, 8192, 2048), (32768, 8192, 4096), (2048, 256, 256), (256, 256, 32), (131072, 8192, 16384), (7, 0, 1)],
 )
 def test_default_spans_are_the_window_doubled_or_halved(longest: int, window: int, step: int) -> None:
     edges = default_span_edges(longest, window)
@@ -276,41 +276,57 @@ def test_each_of_the_further_short_sets_has_its_own_pass(tiny_llama: Path) -> No
     assert sorted(result.losses) == [16, 32, 60]
 
 
-def test_transformers_own_length_dependent_types_are_not_shared_across_lengths(tiny_llama: Path) -> None:
-    def stock(**rope: Any) -> Any:
+STOCK = {
+    "longrope": (
+        {
+            "long_factor": [4.0] * 16,
+            "short_factor": [1.0] * 16,
+            "factor": 4.0,
+            "original_max_position_embeddings": WINDOW,
+        },
+        [WINDOW, 80],
+    ),
+    "dynamic": ({"factor": 2.0}, [WINDOW, 50, 80]),
+}
+
+
+@pytest.mark.parametrize("rope_type", STOCK)
+def test_transformers_own_length_dependent_types_are_not_shared_across_lengths(
+    tiny_llama: Path, rope_type: str
+) -> None:
+    parameters, passes = STOCK[rope_type]
+
+    def stock() -> Any:
         config = AutoConfig.from_pretrained(tiny_llama)
-        config.rope_parameters = {"rope_theta": 10000.0, **rope}
+        config.rope_parameters = {"rope_theta": 10000.0, "rope_type": rope_type, **parameters}
         return AutoModelForCausalLM.from_pretrained(tiny_llama, config=config).eval()
 
-    longrope = stock(
-        rope_type="longrope", long_factor=[4.0] * 16, short_factor=[1.0] * 16, factor=4.0,
-        original_max_position_embeddings=WINDOW,
-    )  # fmt: skip
-    dynamic = stock(rope_type="dynamic", factor=2.0)
-    data, lengths = rows(80, 1), [20, WINDOW, 50, 80]
-    for model, passes in ((longrope, [WINDOW, 80]), (dynamic, [WINDOW, 50, 80])):
-        first = evaluate_perplexity(model, data, lengths)
-        assert sorted(first.losses) == passes
+    model, data, lengths = stock(), rows(80, 2), [20, WINDOW, 50, 80]
+    # Twice: dynamic NTK keeps the frequencies of the longest call so far.
+    for _ in range(2):
+        result = evaluate_perplexity(model, data, lengths)
+        assert sorted(result.losses) == passes
         for length in lengths:
-            alone = brute_force(copy.deepcopy(model), torch.from_numpy(data[0].token_ids)[None, :length])
-            assert first.at(length).nll == pytest.approx(float(alone.mean()), abs=1e-5)
-        again = evaluate_perplexity(model, data, lengths)
-        assert [entry.nll for entry in again.lengths] == [entry.nll for entry in first.lengths]
+            alone = brute_force(stock(), torch.from_numpy(data[0].token_ids)[None, :length])
+            assert result.at(length).document_nll[0] == pytest.approx(float(alone.mean()), abs=1e-5)
 
 
 def test_forward_lengths_takes_the_longest_of_each_rotation() -> None:
     assert forward_lengths([8, 2, 5, 9], lambda length: length > 5) == {8: 9, 2: 5, 5: 5, 9: 9}
 
 
-def test_nan_is_named_with_its_place(model: Any) -> None:
-    with torch.no_grad():
-        model.model.embed_tokens.weight[50] = float("nan")
-    data = rows(20, 2)
-    data[1].token_ids[:] = 3
-    data[1].token_ids[6] = 50
-    data[0].token_ids[:] = 3
+def test_nan_is_named_with_its_document_and_token(model: Any) -> None:
+    check_head(model)
+    calls: list[int] = []
+
+    def spoil(module: Any, args: Any, output: Tensor) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            output[0, 6] = float("nan")
+
+    model.model.norm.register_forward_hook(spoil)
     with pytest.raises(NumericalError, match="token 8 of row 1"):
-        evaluate_perplexity(model, data, [20])
+        evaluate_perplexity(model, rows(20, 3), [20])
 
 
 def test_rows_that_do_not_fit_are_refused_before_running(model: Any) -> None:
@@ -354,7 +370,9 @@ def test_the_comparison_equals_one_loaded_model_per_record(tiny_llama: Path, mod
 
 def test_the_comparison_runs_one_forward_per_document_and_static_method(model: Any) -> None:
     calls: list[int] = []
-    model.model.register_forward_hook(lambda module, args, kwargs, output: calls.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+    model.model.register_forward_hook(
+        lambda module, args, kwargs, output: calls.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
     check_head(model)
     calls.clear()
     compare_methods(model, rows(128, 2), [64, 128], records())
@@ -387,7 +405,7 @@ def test_the_table_shows_every_number_and_marks_the_best(model: Any) -> None:
     from rich.console import Console
 
     table = compare_methods(model, rows(128, 2), [64, 128], records(), window=WINDOW)
-    console = Console(width=120, record=True, file=Path("/dev/null").open("w"))
+    console = Console(width=120, record=True, file=io.StringIO())
     console.print(render_comparison(table))
     for part in render_perplexity(table.rows[0].perplexity):
         console.print(part)
@@ -396,7 +414,8 @@ def test_the_table_shows_every_number_and_marks_the_best(model: Any) -> None:
         for length in (64, 128):
             assert perplexity_text(table.perplexity(name, length)) in text
         assert perplexity_text(table.short_perplexity(name)) in text
-    assert f"\x1b[1m{perplexity_text(table.perplexity(table.best(128), 128))}" in text
+    best = re.escape(perplexity_text(table.perplexity(table.best(128), 128)))
+    assert re.search(rf"\x1b\[1m *{best}", text)
     assert "4× (128)" in text
     assert table.best(128) == min(records(), key=lambda name: table.perplexity(name, 128))
 

@@ -32,17 +32,13 @@ FAR = 2_097_152
 WINDOW = 32
 
 
-def frequencies(
-    dimension: int, theta: float = 10000.0, factors: Tensor | None = None, angles: Any = "exact"
-) -> Tensor:
+def frequencies(dimension: int, theta: float = 10000.0, factors: Tensor | None = None, angles: Any = "exact") -> Tensor:
     return inverse_frequencies_of(torch.ones(dimension // 2) if factors is None else factors, theta, angles)
 
 
 def true_cos_and_sin(position: int, dimension: int, theta: float) -> list[tuple[float, float]]:
     with mpmath.workdps(50):
-        angles = [
-            position * mpmath.mpf(theta) ** (-mpmath.mpf(2 * i) / dimension) for i in range(dimension // 2)
-        ]
+        angles = [position * mpmath.mpf(theta) ** (-mpmath.mpf(2 * i) / dimension) for i in range(dimension // 2)]
         return [(float(mpmath.cos(angle)), float(mpmath.sin(angle))) for angle in angles]
 
 
@@ -149,7 +145,7 @@ def test_gradients_of_frequencies_and_attention_factor(angles: Any, rows: int | 
     real = torch.float64 if angles == "exact" else torch.float32
     inverse = (0.01 + torch.rand(shape, generator=torch.Generator().manual_seed(1))).to(real).requires_grad_()
     attention = torch.tensor(1.2, requires_grad=True)
-    cos, sin = rotation(positions, inverse, attention_factor=attention, angles=angles)
+    cos, _ = rotation(positions, inverse, attention_factor=attention, angles=angles)
     cos[..., :16].sum().backward()
     assert inverse.grad is not None
     assert attention.grad is not None
@@ -195,9 +191,7 @@ def test_start_tokens_keep_the_original_frequencies(angles: Any) -> None:
         original_inverse_frequencies=original,
         angles=angles,
     )
-    plain, far = (
-        rotation(positions, each, attention_factor=1.1, angles=angles)[0] for each in (original, scaled)
-    )
+    plain, far = (rotation(positions, each, attention_factor=1.1, angles=angles)[0] for each in (original, scaled))
     assert torch.equal(kept[:, :8], plain[:, :8])
     assert torch.equal(kept[:, 8:], far[:, 8:])
     assert (plain[:, 7:9] - far[:, 7:9]).abs().amax((0, 2)).min() > 0.1
@@ -278,9 +272,7 @@ def test_families_with_other_layers_keep_them() -> None:
         assert torch.equal(first(x, positions, layer_type)[0], stock(x, positions, layer_type)[0]) is same
     fixed_rotary(model, angles="float32")
     second = rotary_module(model)
-    assert torch.equal(
-        second(x, positions, "sliding_attention")[0], stock(x, positions, "sliding_attention")[0]
-    )
+    assert torch.equal(second(x, positions, "sliding_attention")[0], stock(x, positions, "sliding_attention")[0])
     assert replace_rotary(model, stock) is second
     assert rotary_module(model) is stock
 
@@ -325,9 +317,7 @@ def test_frequencies_survive_casts_copies_and_saving() -> None:
     kept = rotary_module(gemma)(x, positions, "sliding_attention")[0]
     assert torch.equal(rotary_module(gemma.to(torch.bfloat16))(x, positions, "sliding_attention")[0], kept)
     stock = build("llama").to(torch.bfloat16)
-    rounded = (
-        rotary_module(stock)(x, positions)[0][0, 1] - rotary_module(build("llama"))(x, positions)[0][0, 1]
-    )
+    rounded = rotary_module(stock)(x, positions)[0][0, 1] - rotary_module(build("llama"))(x, positions)[0][0, 1]
     assert rounded.abs().max() > 0.5  # what the same cast does to transformers' own module
 
 

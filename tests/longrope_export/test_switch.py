@@ -147,6 +147,10 @@ def test_greedy_generation_in_a_mixed_batch(pair: Pair) -> None:
     assert generation_difference(*pair, MIXED, steps=54, do_sample=False) <= TOLERANCE
 
 
+def test_generation_without_a_cache(pair: Pair) -> None:
+    assert generation_difference(*pair, CROSSING, steps=14, do_sample=False, use_cache=False) <= TOLERANCE
+
+
 def test_greedy_tokens_equal_stock_without_cache(pair: Pair) -> None:
     ours, stock = pair
     prompt = tokens(28)
@@ -159,9 +163,7 @@ def test_sampling_with_a_fixed_seed(pair: Pair) -> None:
     sampled = []
     for model, cached in ((ours, True), (stock, False)):
         torch.manual_seed(7)
-        sampled.append(
-            model.generate(tokens(24), max_new_tokens=60, do_sample=True, top_k=0, use_cache=cached)
-        )
+        sampled.append(model.generate(tokens(24), max_new_tokens=60, do_sample=True, top_k=0, use_cache=cached))
     assert torch.equal(*sampled)
     assert generation_difference(ours, stock, CROSSING, steps=16, do_sample=True, top_k=0) <= TOLERANCE
 
@@ -281,15 +283,11 @@ def processed_tokens(model: Any, run: Callable[[], object]) -> list[int]:
 def test_only_the_crossing_row_is_rebuilt_and_only_once(pair: Pair) -> None:
     ours, _ = pair
     prompts = [tokens(28), tokens(10)]
-    sizes = processed_tokens(
-        ours, lambda: ours.generate(**batch_of(prompts), max_new_tokens=12, do_sample=False)
-    )
+    sizes = processed_tokens(ours, lambda: ours.generate(**batch_of(prompts), max_new_tokens=12, do_sample=False))
     assert sizes == [2 * 28, 2, 2, 2, 2, 32, 2, 2, 2, 2, 2, 2, 2]
 
 
-def test_rebuild_runs_in_calls_no_longer_than_the_longest_before(
-    llama: Pair, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rebuild_runs_in_calls_no_longer_than_the_longest_before(llama: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("longrope_export.switching.REBUILD_TOKENS", 4)
     ours, stock = llama
     sizes = processed_tokens(ours, lambda: loop_difference(ours, stock, tokens(34), [12, 12, 8, 2]))
@@ -362,18 +360,13 @@ def test_emptied_cache_starts_anew(llama: Pair) -> None:
     ours, stock = llama
     cache = filled(ours, [tokens(40)])
     cache.reset()
-    assert (
-        difference(continued(ours, cache, [tokens(0)], [tokens(20)])[0], alone(stock, tokens(20)))
-        <= TOLERANCE
-    )
+    assert difference(continued(ours, cache, [tokens(0)], [tokens(20)])[0], alone(stock, tokens(20))) <= TOLERANCE
 
 
 def test_generate_continues_a_returned_cache(pair: Pair) -> None:
     ours, stock = pair
     first = ours.generate(tokens(26), max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
-    again = ours.generate(
-        first.sequences, past_key_values=first.past_key_values, max_new_tokens=9, do_sample=False
-    )
+    again = ours.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=9, do_sample=False)
     assert torch.equal(again, stock.generate(tokens(26), max_new_tokens=12, do_sample=False, use_cache=False))
 
 
@@ -479,10 +472,7 @@ def test_the_rotary_embedding_alone_raises(llama: Pair) -> None:
 @pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
 def test_sliding_windows(family: str) -> None:
     pair = make_pair(family, **({"sliding_window": 24} if family == "mistral" else {}))
-    assert (
-        generation_difference(*pair, [tokens(28), tokens(10), tokens(36)], steps=12, do_sample=False)
-        <= TOLERANCE
-    )
+    assert generation_difference(*pair, [tokens(28), tokens(10), tokens(36)], steps=12, do_sample=False) <= TOLERANCE
     assert loop_difference(*pair, tokens(60), [20, 9, 1, 1, 1, 1, 1, 26]) <= TOLERANCE
     assert loop_difference(pair[1], pair[1], tokens(40), [1] * 40) > LOUD
 
@@ -512,9 +502,7 @@ def test_a_set_at_the_window_that_contradicts_the_short_one() -> None:
 
 
 def test_attention_factor_of_each_set() -> None:
-    record = RopeScaling.from_dict(
-        {**RECORD.to_dict(), "short_attention_factor": 1.05, "long_attention_factor": 1.3}
-    )
+    record = RopeScaling.from_dict({**RECORD.to_dict(), "short_attention_factor": 1.05, "long_attention_factor": 1.3})
     plain = build("llama")
     ours = load(plain, record)
     short, long = (build("llama", longrope(attention_factor=value), weights=plain) for value in (1.05, 1.3))
@@ -565,6 +553,18 @@ def test_a_copied_model_switches_by_itself(llama: Pair) -> None:
     assert twin.model.rotary_emb is not ours.model.rotary_emb
     assert generation_difference(twin, stock, CROSSING, steps=14, do_sample=False) <= TOLERANCE
     assert ours.model.rotary_emb.current is None
+    load(twin, RopeScaling.from_dict({**RECORD.to_dict(), "short_factor": list(LONG)}))
+    assert not twin.model._forward_pre_hooks
+    assert generation_difference(ours, stock, CROSSING, steps=14, do_sample=False) <= TOLERANCE
+
+
+def test_inside_a_peft_wrapper() -> None:
+    peft = pytest.importorskip("peft")
+    plain = build("llama")
+    stock = build("llama", longrope(), weights=plain)
+    wrapped = load(peft.get_peft_model(plain, peft.LoraConfig(target_modules=["q_proj"])).eval(), RECORD)
+    assert generation_difference(wrapped, stock, CROSSING, steps=14, do_sample=False) <= TOLERANCE
+    assert loop_difference(wrapped, stock, tokens(36), [1] * 36) <= TOLERANCE
 
 
 def test_sharing_a_row_of_positions_given_by_hand(llama: Pair) -> None:

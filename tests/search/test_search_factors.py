@@ -1,0 +1,307 @@
+"""A whole search on a tiny random model in memory: determinism, every option, the choice, the record."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from longrope_export.errors import LongRopeError, StaleStateError, TextTooShortError, UnsupportedModelError
+from longrope_export.scaling import RopeScaling
+from longrope_export.search.documents import short_pieces, split_rows
+from longrope_export.search.evaluator import Evaluator
+from longrope_export.search.executors import InProcess
+from longrope_export.search.factors import SearchResult, search_factors
+from longrope_export.search.objective import ModelObjective
+from longrope_export.search.protocol import VALIDATION
+from longrope_export.search.run import SearchConfig
+from longrope_export.search.space import Candidate, closed_form
+from longrope_export.search.strategies.evolution import EvolutionOptions
+from longrope_export.search.strategies.gradient import GradientOptions
+
+GRADIENT: dict[str, Any] = {"budget": "24", "documents": 2, "validation_documents": 2, "short_share": 0.2}
+SMALL = EvolutionOptions(population=6, iterations=3, mutations=4, crossovers=4, parents=4)
+EVOLUTION: dict[str, Any] = {
+    "strategy": "evolution", "budget": "24", "documents": 2, "validation_documents": 2, "short_share": 0.5,
+    "evolution": SMALL,
+}  # fmt: skip
+
+
+def _run(tiny: Any, journal: Path | None = None, kind: str = "hf", **options: Any) -> SearchResult:
+    return search_factors(tiny.model, tiny.numbers, tiny.rows, SearchConfig(**options), journal, kind=kind)
+
+
+def _trials(path: Path) -> list[Any]:
+    return [json.loads(line)["of"] for line in path.read_text().splitlines()[1:]]
+
+
+@pytest.mark.parametrize("options", [GRADIENT, EVOLUTION])
+def test_a_search_is_deterministic_and_its_seed_matters(tiny: Any, tmp_path: Path, options: dict[str, Any]) -> None:
+    results = [_run(tiny, tmp_path / f"{name}.jsonl", **options, seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
+    assert results[0].scaling.to_json() == results[1].scaling.to_json()
+    assert results[0].scaling.long_factor != results[2].scaling.long_factor
+    assert _trials(tmp_path / "a.jsonl") == _trials(tmp_path / "b.jsonl") != _trials(tmp_path / "c.jsonl")
+
+
+@pytest.mark.parametrize("options", [GRADIENT, EVOLUTION])
+def test_a_finished_journal_is_replayed_without_measuring(
+    tiny: Any, tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "journal.jsonl"
+    first = _run(tiny, path, **options)
+    size = path.stat().st_size
+    monkeypatch.setattr(ModelObjective, "measure", lambda self, trial: pytest.fail("measured again"))
+    assert _run(tiny, path, **options).scaling.to_json() == first.scaling.to_json()
+    assert path.stat().st_size == size
+
+
+@pytest.mark.parametrize("options", [GRADIENT, EVOLUTION])
+def test_a_journal_cut_anywhere_ends_in_the_same_record(tiny: Any, tmp_path: Path, options: dict[str, Any]) -> None:
+    path = tmp_path / "journal.jsonl"
+    first = _run(tiny, path, **options)
+    data = path.read_bytes()
+    for share in (0.02, 0.2, 0.4, 0.6, 0.8, 0.97):
+        path.write_bytes(data[: int(len(data) * share)])
+        assert _run(tiny, path, **options).scaling.to_json() == first.scaling.to_json()
+        assert [json.loads(line)["of"] for line in data.splitlines()[1:]] == _trials(path)
+
+
+@pytest.mark.parametrize("options", [GRADIENT, EVOLUTION])
+def test_the_budget_is_kept_and_stated(tiny: Any, options: dict[str, Any]) -> None:
+    result = _run(tiny, **options)
+    assert 0.75 * 24 < result.evaluations <= 24
+    assert result.scaling.provenance["evaluations"] == result.evaluations
+    assert result.validation_evaluations > 0
+
+
+@pytest.mark.parametrize("options", [GRADIENT, EVOLUTION])
+def test_the_result_is_never_worse_than_a_closed_form_on_the_validation_documents(tiny: Any, options: dict[str, Any]) -> None:
+    result = _run(tiny, **options, start_tokens=(0,))
+    assert result.validation_perplexity[result.chosen] == min(result.validation_perplexity.values())
+    assert set(result.validation_perplexity) == {"yarn", "ntk", "pi", "critical-dim", "searched"}
+    # Measured again here, from the record alone.
+    objective = ModelObjective(tiny.model, tiny.numbers, {VALIDATION: tiny.rows[2:4]})
+    evaluator = Evaluator(InProcess(objective), {VALIDATION: 2})
+    found = Candidate(result.scaling.long_factor, result.scaling.long_attention_factor, result.scaling.long_start_tokens)
+    attention = None if options is GRADIENT else found.attention_factor
+    forms = [closed_form(name, tiny.numbers, attention) for name in ("yarn", "ntk", "pi", "critical-dim")]
+    losses = evaluator.mean_losses([found, *forms], VALIDATION)
+    objective.close()
+    assert losses[0] == min(losses)
+    assert np.exp(losses[0]) == pytest.approx(result.validation_perplexity[result.chosen])
+
+
+def test_a_closed_form_wins_where_the_search_finds_nothing_better(tiny: Any) -> None:
+    lost = GradientOptions(learning_rate=3.0, trust_region=5.0)
+    result = _run(tiny, **{**GRADIENT, "start_tokens": (0,)}, gradient=lost)
+    assert result.chosen != "searched"
+    assert any("not beaten" in note for note in result.notes)
+    expected = tiny.numbers.record(closed_form(result.chosen, tiny.numbers), tiny.numbers.unchanged(), {})
+    assert result.scaling.long_factor == expected.long_factor
+
+
+def test_the_record_says_where_it_comes_from(tiny: Any) -> None:
+    result = _run(tiny, **GRADIENT)
+    scaling = result.scaling
+    assert (scaling.original_max_position_embeddings, scaling.max_position_embeddings) == (32, 128)
+    wanted = {"strategy", "seed", "evaluations", "search_perplexity", "validation_perplexity", "data", "model", "versions",
+              "configuration", "threads", "chosen", "short"}  # fmt: skip
+    assert wanted <= set(scaling.provenance)
+    assert RopeScaling.from_json(scaling.to_json()) == scaling
+    assert not any("time" in name or "second" in name for name in scaling.provenance)
+    json.dumps(result.to_dict(), allow_nan=False)
+
+
+def test_the_model_is_left_as_it_was(tiny: Any) -> None:
+    ids = torch.tensor([tiny.rows[0][:40].tolist()])
+    before = tiny.model(input_ids=ids).logits
+    _run(tiny, **GRADIENT)
+    assert torch.equal(before, tiny.model(input_ids=ids).logits)
+
+
+CHANGES: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    (GRADIENT, {"budget": "30"}),
+    (GRADIENT, {"documents": 3}),
+    (GRADIENT, {"validation_documents": 3}),
+    (GRADIENT, {"seed": 5}),
+    (GRADIENT, {"runtime": "gguf"}),
+    (GRADIENT, {"attention": "su"}),
+    (GRADIENT, {"learn_attention": False}),
+    (GRADIENT, {"baselines": ("ntk",)}),
+    (GRADIENT, {"start_tokens": (0, 2, 3)}),
+    (GRADIENT, {"short": "original"}),
+    (GRADIENT, {"short_share": 0.3}),
+    (GRADIENT, {"gradient": GradientOptions(learning_rate=0.02)}),
+    (GRADIENT, {"gradient": GradientOptions(attention_rate=1.0)}),
+    (GRADIENT, {"gradient": GradientOptions(warm_up=0.5)}),
+    (GRADIENT, {"gradient": GradientOptions(trust_region=0.01)}),
+    (GRADIENT, {"gradient": GradientOptions(average=1.0)}),
+    (GRADIENT, {"gradient": GradientOptions(documents_per_step=2)}),
+    (GRADIENT, {"gradient": GradientOptions(constraint="monotone")}),
+    (GRADIENT, {"gradient": GradientOptions(constraint="paper"), "bound": 1.0}),
+    (EVOLUTION, {"strategy": "gradient"}),
+    (EVOLUTION, {"bound": 2.0}),
+    (EVOLUTION, {"step": 0.05}),
+    (EVOLUTION, {"start_tokens": (0, 3)}),
+    (EVOLUTION, {"attention": "1.0"}),
+    (EVOLUTION, {"short": "original"}),
+    (EVOLUTION, {"evolution": EvolutionOptions(population=7, iterations=3, mutations=4, crossovers=4, parents=4)}),
+]
+
+
+@pytest.fixture(scope="module")
+def plain_trials(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    folder = tmp_path_factory.mktemp("plain")
+    for name, options in (("gradient", GRADIENT), ("evolution", EVOLUTION)):
+        _run(tiny, folder / f"{name}.jsonl", **options)
+    return {name: _trials(folder / f"{name}.jsonl") for name in ("gradient", "evolution")}
+
+
+@pytest.mark.parametrize(("base", "change"), CHANGES, ids=[str(change)[:60] for _, change in CHANGES])
+def test_every_option_changes_what_is_measured(
+    tiny: Any, tmp_path: Path, plain_trials: dict[str, list[Any]], base: dict[str, Any], change: dict[str, Any]
+) -> None:
+    path = tmp_path / "journal.jsonl"
+    _run(tiny, path, **{**base, **change})
+    assert _trials(path) != plain_trials[base.get("strategy", "gradient")]
+    # Continuing the changed search with the unchanged options is refused, by the name of what differs.
+    with pytest.raises(StaleStateError, match="belongs to another search: "):
+        _run(tiny, path, **base)
+
+
+def test_the_constraint_s_bound_counts_in_the_gradient_search(tiny: Any, tmp_path: Path) -> None:
+    for bound in (1.0, 1.25):
+        _run(tiny, tmp_path / f"{bound}.jsonl", **GRADIENT, bound=bound, gradient=GradientOptions(constraint="paper"))
+    assert _trials(tmp_path / "1.0.jsonl") != _trials(tmp_path / "1.25.jsonl")
+
+
+def test_init_is_where_the_descent_begins(tiny: Any, tmp_path: Path) -> None:
+    given = Candidate(tuple(np.linspace(1.0, 3.0, 16).tolist()), 1.07)
+    record = tmp_path / "init.json"
+    record.write_text(tiny.numbers.record(given, tiny.numbers.unchanged(), {}).to_json())
+    result = _run(tiny, tmp_path / "journal.jsonl", **GRADIENT, init=record)
+    trials = _trials(tmp_path / "journal.jsonl")
+    first_step = next(trial for trial in trials if trial[2])
+    np.testing.assert_allclose(first_step[3][0], given.factors, rtol=1e-6)
+    assert first_step[3][1] == pytest.approx(1.07)
+    assert "init" in result.validation_perplexity
+    with pytest.raises(StaleStateError, match=": init is "):
+        _run(tiny, tmp_path / "journal.jsonl", **GRADIENT)
+
+
+def test_a_gguf_search_finds_only_what_a_gguf_holds(tiny: Any, tmp_path: Path) -> None:
+    for options in (GRADIENT, EVOLUTION):
+        path = tmp_path / f"{options.get('strategy')}.jsonl"
+        scaling = _run(tiny, path, kind="gguf", **options).scaling
+        assert scaling.long_attention_factor == scaling.short_attention_factor == 1.0
+        assert scaling.long_start_tokens == scaling.short_start_tokens == 0
+        assert {tuple(trial[3][1:]) for trial in _trials(path)} == {(1.0, 0)}
+
+
+def test_start_tokens_are_taken_only_when_better_on_both_parts(tiny: Any) -> None:
+    result = _run(tiny, **{**GRADIENT, "budget": "40"}, start_tokens=(0, 8, 64, 120))
+    tried = result.scaling.provenance["start_tokens_perplexity"]
+    assert set(tried) == {"0", "8", "64", "120"}
+    if result.scaling.long_start_tokens:
+        assert tried[str(result.scaling.long_start_tokens)] == min(tried.values()) < tried["0"]
+    else:
+        with_start = [value for name, value in result.validation_perplexity.items() if "n̂" in name]
+        assert min(tried.values()) == tried["0"] or not with_start
+
+
+def test_the_short_set_stays_original_unless_it_is_better_by_the_margin(tiny: Any) -> None:
+    never = _run(tiny, **GRADIENT, short_margin=0.9)
+    assert never.short_chosen == "original"
+    assert never.scaling.short_factor == (1.0,) * 16
+    scores = never.scaling.provenance["short_perplexity"]
+    margin = 1.0 - scores["searched"] / scores["original"]
+    if margin > 0.0:
+        found = _run(tiny, **GRADIENT, short_margin=margin * 0.5)
+        assert found.short_chosen == "searched"
+        assert found.scaling.short_factor != (1.0,) * 16
+        assert _run(tiny, **GRADIENT, short_margin=margin * 1.5).short_chosen == "original"
+
+
+def test_evolution_says_that_its_budget_stopped_it(tiny: Any) -> None:
+    result = _run(tiny, **{**EVOLUTION, "evolution": EvolutionOptions(), "short": "original"})
+    assert "24 of its 1,344 evaluations" in result.notes[0]
+    assert not any("Algorithm 1" in note for note in _run(tiny, **{**EVOLUTION, "budget": "80"}).notes)
+
+
+def test_a_time_budget_s_plan_is_kept_by_the_journal(tiny: Any, tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    options = {**GRADIENT, "budget": "2s"}
+    first = _run(tiny, path, **options)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[: len(lines) // 2]))
+    assert _run(tiny, path, **options).scaling.to_json() == first.scaling.to_json()
+
+
+def test_the_thread_count_is_part_of_the_journal(tiny: Any, tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    _run(tiny, path, **GRADIENT)
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(StaleStateError, match=": threads is 1 there and 2 now"):
+            _run(tiny, path, **GRADIENT)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_other_data_and_another_model_are_refused_by_name(tiny: Any, tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    _run(tiny, path, **GRADIENT)
+    with pytest.raises(StaleStateError, match=": data is "):
+        search_factors(tiny.model, tiny.numbers, tiny.rows[1:], SearchConfig(**GRADIENT), path)
+    weight = tiny.model.lm_head.weight
+    kept = weight[0, 0].item()
+    with torch.no_grad():
+        weight[0, 0] += 1.0
+    try:
+        with pytest.raises(StaleStateError, match=": model is "):
+            _run(tiny, path, **GRADIENT)
+    finally:
+        with torch.no_grad():
+            weight[0, 0] = kept
+
+
+def test_rows_that_are_missing_or_short_are_refused(tiny: Any) -> None:
+    with pytest.raises(TextTooShortError, match="3 documents were given"):
+        search_factors(tiny.model, tiny.numbers, tiny.rows[:3], SearchConfig(**GRADIENT))
+    with pytest.raises(TextTooShortError, match="document 4 has 100 tokens; 128 are needed"):
+        search_factors(tiny.model, tiny.numbers, [*tiny.rows[:3], tiny.rows[3][:100]], SearchConfig(**GRADIENT))
+
+
+def test_search_and_validation_rows_are_disjoint_and_the_short_pieces_too() -> None:
+    rows = [np.concatenate([[1], np.arange(1000 * index, 1000 * index + 127)]) for index in range(1, 5)]
+    parts = split_rows(rows, documents=2, validation=2, window=32, target=128, bos=1)
+    assert [len(parts[name]) for name in ("search", "validation", "short-search", "short-validation")] == [2, 2, 8, 8]
+    bodies = [set(row[1:].tolist()) for row in (*parts["search"], *parts["validation"])]
+    assert sum(map(len, bodies)) == len(set.union(*bodies))
+    pieces = parts["short-search"]
+    assert all(len(piece) == 32 and piece[0] == 1 for piece in pieces)
+    inside = [set(piece[1:].tolist()) for piece in pieces]
+    assert sum(map(len, inside)) == len(set.union(*inside))
+    assert set.union(*inside) <= bodies[0] | bodies[1]
+
+
+def test_short_pieces_without_bos() -> None:
+    pieces = short_pieces(np.arange(5, 133), 32, bos=1)
+    assert [piece[0] for piece in pieces] == [5, 37, 69, 101]
+
+
+def test_a_model_that_ignores_its_factors_is_refused(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ModelObjective, "_apply", lambda self, candidate, offsets=None: None)
+    with pytest.raises(UnsupportedModelError, match="exactly the same loss"):
+        _run(tiny, **GRADIENT)
+
+
+def test_a_budget_that_is_too_small_leaves_no_journal_entry(tiny: Any, tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    with pytest.raises(LongRopeError, match="does not pay for one step"):
+        _run(tiny, path, **{**GRADIENT, "budget": "1"})
+    assert path.read_bytes() == b""

@@ -63,7 +63,10 @@ def judge(runtime: Array, truth: Array, others: dict[str, Array], tolerance: Tol
     largest = float(np.abs(_centred(runtime, truth, weights)).max())
     hypotheses = tuple(
         Hypothesis(
-            name, distance(runtime, other, weights), distance(other, truth, weights), share(runtime, truth, other, weights)
+            name,
+            distance(runtime, other, weights),
+            distance(other, truth, weights),
+            share(runtime, truth, other, weights),
         )
         for name, other in others.items()
     )
@@ -111,7 +114,10 @@ def _decide(near: float, hypotheses: tuple[Hypothesis, ...], tolerance: Toleranc
                 f"{tolerance.bound:g}; longer prefixes tell more"
             )
         if not _nearer(near, other, tolerance):
-            return "fail", f"{near:.2g} nats from the reference with the factors, {other.distance:.2g} from {other.name}"
+            return (
+                "fail",
+                f"{near:.2g} nats from the reference with the factors, {other.distance:.2g} from {other.name}",
+            )
     return "pass", "nearest to the reference with the factors"
 
 

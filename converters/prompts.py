@@ -1,4 +1,4 @@
-"""The token ids that a check runs on: source text that every machine has, cut at prefix lengths."""
+"""The token ids that a check runs on: source text that every machine has."""
 
 from __future__ import annotations
 
@@ -14,13 +14,6 @@ from longrope_export.errors import TextTooShortError
 MODULES = ("argparse", "typing", "tarfile", "subprocess", "inspect", "ast", "zipfile", "doctest", "datetime", "locale")
 # A token is seldom longer; the text grows by this many characters for every wanted token.
 CHARACTERS_PER_TOKEN = 12
-
-
-def prefix_lengths(low: int, high: int, count: int) -> list[int]:
-    """At most `count` increasing lengths from `low` to `high`, both included, evenly spaced."""
-    if low > high or count < 1:
-        return []
-    return [int(value) for value in np.unique(np.linspace(low, high, count).round())]
 
 
 def prompt_ids(encode: Callable[[str], list[int]], length: int, *, seed: int, text: str | None = None) -> list[int]:

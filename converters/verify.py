@@ -9,37 +9,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-
 from longrope_export.converters.discrimination import Array, Judgement, Verdict, judge
+from longrope_export.converters.hypotheses import Regime, alternatives, mistakes
+from longrope_export.converters.prefix_plan import REGIMES, Limits, Plan, plan_folder, plan_gguf
 from longrope_export.converters.probe import BLOCKS, write_probe
-from longrope_export.converters.prompts import prefix_lengths, prompt_ids, random_ids
+from longrope_export.converters.prompts import prompt_ids, random_ids
+
 from longrope_export.errors import InputFileError, RuntimeFailure
-from longrope_export.formats.gguf_header import read_gguf_header
 from longrope_export.formats.ggml_types import type_name
+from longrope_export.formats.gguf_header import read_gguf_header
 from longrope_export.formats.records import CONFIG_FILE, read_scaling
 from longrope_export.runtimes import llamacpp
 from longrope_export.scaling import RopeScaling
 from longrope_export.tolerances import FLOAT32, Tolerance, for_ggml_types
-
-RegimeName = Literal["short", "long"]
-REGIMES: tuple[RegimeName, RegimeName] = ("short", "long")
-
-# How far beyond the window prefixes go: far enough to need the long factors, near enough to be affordable.
-BEYOND = 1.25
-# In the long regime some prefixes stay below the window: llama.cpp applies the long factors there too.
-BELOW_SHARE = 4
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Prefix lengths of one regime, and the context in tokens that llama.cpp allocates for it."""
-
-    regime: RegimeName
-    prefixes: tuple[int, ...]
-    context: int
 
 
 @dataclass(frozen=True)
@@ -48,7 +33,7 @@ class RegimeResult:
 
     file: str
     runtime: str
-    regime: RegimeName
+    regime: Regime
     context: int | None
     prefixes: tuple[int, ...]
     below: int
@@ -85,13 +70,12 @@ class VerificationReport:
 class Options:
     """How a verification runs; see `verify`."""
 
-    prefixes: int
-    seed: int
-    bound: float | None
-    text: str | None
-    max_prefix: int | None
-    threads: int | None
-    regimes: tuple[RegimeName, ...]
+    limits: Limits
+    seed: int = 0
+    bound: float | None = None
+    probe: bool = False
+    text: str | None = None
+    threads: int | None = None
 
 
 def verify(
@@ -105,27 +89,27 @@ def verify(
     text: str | None = None,
     max_prefix: int | None = None,
     threads: int | None = None,
-    regimes: tuple[RegimeName, ...] = REGIMES,
+    regimes: tuple[Regime, ...] = REGIMES,
 ) -> VerificationReport:
     """Compare a GGUF file, or every model in a folder, with the reference loader under `scaling`.
 
     GGUF files run in llama.cpp, HF folders in transformers' own class. In each regime next-token probabilities are
-    taken at `prefixes` lengths on one side of the window (the long regime adds a quarter more below it), at most
-    `max_prefix` tokens, of `text` or of source code chosen by `seed`. `scaling` None takes the record that the files carry. `bound` in nats replaces the
-    tolerance of the weights' types. `probe` compares the first two blocks only.
+    taken at `prefixes` lengths on one side of the window (the long regime adds a quarter more below it) of at most
+    `max_prefix` tokens, of `text` or of source code chosen by `seed`. `scaling` None takes the record that the files
+    carry. `bound` in nats replaces the tolerance of the weights' types. `probe` compares the first two blocks only.
 
     Raises `InputFileError` when there is nothing to verify or no record, `RuntimeFailure` when llama.cpp crashes or
     refuses a file, `MissingDependencyError`.
     """
     begin = time.monotonic()
     place = Path(path)
-    options = Options(prefixes, seed, bound, text, max_prefix, threads, regimes)
+    options = Options(Limits(prefixes, max_prefix, regimes), seed, bound, probe, text, threads)
     results: list[RegimeResult] = []
     notes: list[str] = []
     for file in _targets(place):
         record = scaling or read_scaling(file)
         check = _verify_folder if file.is_dir() else _verify_gguf
-        found, remarks = check(file, record, options, probe)
+        found, remarks = check(file, record, options)
         results += found
         notes += remarks
     return VerificationReport(
@@ -159,105 +143,44 @@ def _overall(results: list[RegimeResult]) -> Verdict:
     return "pass" if verdicts == {"pass"} else "cannot tell"
 
 
-# --- plans -----------------------------------------------------------------------------------------------------
-
-
-def plan_gguf(scaling: RopeScaling, options: Options) -> tuple[list[Plan], list[str]]:
-    """The regimes that llama.cpp can be brought into, and remarks on those that it cannot.
-
-    It allocates multiples of 256 tokens, takes the long set where they exceed the window, and refuses a prompt that
-    fills them.
-    """
-    window, extended = scaling.original_max_position_embeddings, scaling.max_position_embeddings
-    cap = options.max_prefix or extended
-    plans, notes = [], []
-    roof = window // llamacpp.CONTEXT_GRANULE * llamacpp.CONTEXT_GRANULE
-    if "short" in options.regimes and roof:
-        lengths = _spread(min(cap, roof - 1), options.prefixes)
-        plans.append(Plan("short", lengths, llamacpp.padded_context(max(lengths) + 1)))
-    elif "short" in options.regimes:
-        notes.append(
-            f"llama.cpp allocates at least {llamacpp.CONTEXT_GRANULE} tokens, more than the window of {window}: it never "
-            "applies the short factors"
-        )
-    if "long" in options.regimes and extended > window:
-        lengths = _beyond(window, min(cap, extended - 1), options.prefixes)
-        plans.append(Plan("long", lengths, llamacpp.padded_context(max(window, max(lengths)) + 1)))
-    elif "long" in options.regimes:
-        notes.append("the window does not grow: the long factors never apply")
-    return plans, notes
-
-
-def plan_folder(scaling: RopeScaling, options: Options) -> tuple[list[Plan], list[str]]:
-    """Prefixes up to the window for the short regime, beyond it for the long one: transformers decides by length."""
-    window, extended = scaling.original_max_position_embeddings, scaling.max_position_embeddings
-    cap = options.max_prefix or extended
-    plans, notes = [], []
-    if "short" in options.regimes:
-        plans.append(Plan("short", _spread(min(cap, window), options.prefixes), 0))
-    if "long" in options.regimes:
-        above = prefix_lengths(window + 1, min(cap, extended, _far(window, options)), options.prefixes)
-        if above:
-            plans.append(Plan("long", tuple(above), 0))
-        else:
-            notes.append(f"no prefix is longer than the window of {window}: the long factors were not checked")
-    return plans, notes
-
-
-def _spread(high: int, count: int) -> tuple[int, ...]:
-    return tuple(prefix_lengths(max(1, high // count), high, count))
-
-
-def _beyond(window: int, roof: int, count: int) -> tuple[int, ...]:
-    """Lengths above the window up to `BEYOND` times it, and a few below it; only those below `roof`."""
-    below = prefix_lengths(max(1, window // 2), min(window, roof), max(1, count // BELOW_SHARE))
-    above = prefix_lengths(window + 1, min(roof, round(window * BEYOND)), count)
-    return tuple(below + above)
-
-
-def _far(window: int, options: Options) -> int:
-    return max(round(window * BEYOND), window + options.prefixes)
-
-
-# --- files -----------------------------------------------------------------------------------------------------
-
-
-def _verify_gguf(
-    file: Path, scaling: RopeScaling, options: Options, probe: bool
-) -> tuple[list[RegimeResult], list[str]]:
+def _verify_gguf(file: Path, scaling: RopeScaling, options: Options) -> tuple[list[RegimeResult], list[str]]:
     from longrope_export.loader import load
 
     llamacpp.version()
-    plans, notes = plan_gguf(scaling, options)
+    plans, notes = plan_gguf(scaling, options.limits)
     with tempfile.TemporaryDirectory(prefix="longrope-verify-") as folder:
         subject = file
-        if probe:
+        if options.probe:
             subject = Path(folder) / "probe.gguf"
             write_probe(file, subject)
-        ids = _gguf_prompt(subject, plans, options)
-        tables = {plan.regime: _run_llamacpp(subject, plan, ids, options) for plan in plans}
+        ids = gguf_prompt(subject, plans, options)
+        tables = [run_llamacpp(subject, plan, ids, options) for plan in plans]
         model = load(subject, scaling, switch="long", angles="float32")
     tolerance = _tolerance(gguf_tolerance(file), options)
-    name = _name(file, probe)
-    results = [_judge(name, "llama.cpp", plan, tables[plan.regime], model, scaling, ids, tolerance) for plan in plans]
+    name = _name(file, options)
+    results = [
+        judge_regime(name, "llama.cpp", plan, table, model, scaling, ids, tolerance)
+        for plan, table in zip(plans, tables, strict=True)
+    ]
     return results, notes + _inexpressible(scaling)
 
 
-def _verify_folder(
-    folder: Path, scaling: RopeScaling, options: Options, probe: bool
-) -> tuple[list[RegimeResult], list[str]]:
-    plans, notes = plan_folder(scaling, options)
-    model = _stock_model(folder, probe)
+def _verify_folder(folder: Path, scaling: RopeScaling, options: Options) -> tuple[list[RegimeResult], list[str]]:
+    plans, notes = plan_folder(scaling, options.limits)
+    model = _stock_model(folder, options.probe)
     ids = _folder_prompt(folder, model.config.get_text_config().vocab_size, plans, options)
-    tables = {plan.regime: log_probabilities(model, ids, plan.prefixes) for plan in plans}
+    tables = [log_probabilities(model, ids, plan.prefixes) for plan in plans]
     tolerance = _tolerance(FLOAT32, options)
-    name = _name(folder, probe)
-    results = [_judge(name, "transformers", plan, tables[plan.regime], model, scaling, ids, tolerance) for plan in plans]
-    return results, notes
+    name = _name(folder, options)
+    results = [
+        judge_regime(name, "transformers", plan, table, model, scaling, ids, tolerance)
+        for plan, table in zip(plans, tables, strict=True)
+    ]
+    return results, notes + _inexpressible(scaling)
 
 
-def _name(file: Path, probe: bool) -> str:
-    return f"{file} (first {BLOCKS} blocks)" if probe else str(file)
+def _name(file: Path, options: Options) -> str:
+    return f"{file} (first {BLOCKS} blocks)" if options.probe else str(file)
 
 
 def _tolerance(own: Tolerance, options: Options) -> Tolerance:
@@ -273,9 +196,11 @@ def gguf_tolerance(file: Path) -> Tolerance:
 def _inexpressible(scaling: RopeScaling) -> list[str]:
     notes = []
     if scaling.long_start_tokens or scaling.short_start_tokens:
-        notes.append("the record keeps the first positions un-interpolated, which a GGUF cannot express")
+        notes.append(
+            "the record keeps the first positions un-interpolated, which llama.cpp and stock transformers do not do"
+        )
     if scaling.long_attention_factor != scaling.short_attention_factor:
-        notes.append("the record has two attention factors, of which a GGUF can express one")
+        notes.append("the record has two attention factors; llama.cpp and stock transformers apply one in both regimes")
     return notes
 
 
@@ -283,7 +208,9 @@ def _longest(plans: list[Plan]) -> int:
     return max(length for plan in plans for length in plan.prefixes)
 
 
-def _gguf_prompt(file: Path, plans: list[Plan], options: Options) -> list[int]:
+def gguf_prompt(file: Path, plans: list[Plan], options: Options) -> list[int]:
+    """Token ids for the longest prefix, by llama.cpp's own tokenizer."""
+
     def encode(text: str) -> list[int]:
         return llamacpp.tokenize(file, [text], add_special=True)[0]
 
@@ -303,10 +230,8 @@ def _folder_prompt(folder: Path, vocabulary: int, plans: list[Plan], options: Op
     return prompt_ids(encode, _longest(plans), seed=options.seed, text=options.text)
 
 
-# --- runtimes and reference --------------------------------------------------------------------------------------
-
-
-def _run_llamacpp(file: Path, plan: Plan, ids: list[int], options: Options) -> Array:
+def run_llamacpp(file: Path, plan: Plan, ids: list[int], options: Options) -> Array:
+    """llama.cpp's log-probabilities [prefixes, vocabulary] in the context of the plan."""
     # Growing prefixes of one text in one slot: the cache is F32 and keeps exactly what a fresh prefill computes.
     return llamacpp.next_token_probabilities(
         file,
@@ -347,7 +272,7 @@ def log_probabilities(model: Any, ids: list[int], prefixes: tuple[int, ...]) -> 
     return np.asarray(values, dtype=np.float32)
 
 
-def reference(model: Any, scaling: RopeScaling, regime: RegimeName, ids: list[int], prefixes: tuple[int, ...]) -> Array:
+def reference(model: Any, scaling: RopeScaling, regime: Regime, ids: list[int], prefixes: tuple[int, ...]) -> Array:
     """Log-probabilities of the reference loader with the set of one regime, in transformers' float32 angles."""
     from longrope_export.loader import apply_scaling
 
@@ -355,7 +280,7 @@ def reference(model: Any, scaling: RopeScaling, regime: RegimeName, ids: list[in
     return log_probabilities(model, ids, prefixes)
 
 
-def _judge(
+def judge_regime(
     file: str,
     runtime: str,
     plan: Plan,
@@ -365,6 +290,8 @@ def _judge(
     ids: list[int],
     tolerance: Tolerance,
 ) -> RegimeResult:
+    """Judge a runtime's log-probabilities; `model` is a transformers model whose rotary embedding is replaced."""
+
     def under(record: RopeScaling) -> Array:
         return reference(model, record, plan.regime, ids, plan.prefixes)
 
@@ -388,78 +315,12 @@ def _judge(
     )
 
 
-# --- hypotheses --------------------------------------------------------------------------------------------------
-
-
-def all_ones(scaling: RopeScaling) -> RopeScaling:
-    """The same model without any scaling."""
-    ones = (1.0,) * (scaling.rotary_dim // 2)
-    return replace(
-        scaling, long_factor=ones, short_factor=ones, long_attention_factor=1.0, short_attention_factor=1.0,
-        long_start_tokens=0, short_start_tokens=0, sets={},
-    )  # fmt: skip
-
-
-def swapped(scaling: RopeScaling) -> RopeScaling:
-    """The record with its long and short sets exchanged."""
-    return replace(
-        scaling, long_factor=scaling.short_factor, short_factor=scaling.long_factor,
-        long_attention_factor=scaling.short_attention_factor, short_attention_factor=scaling.long_attention_factor,
-        long_start_tokens=scaling.short_start_tokens, short_start_tokens=scaling.long_start_tokens, sets={},
-    )  # fmt: skip
-
-
-def alternatives(scaling: RopeScaling, regime: RegimeName) -> dict[str, RopeScaling]:
-    """What else a runtime could have applied in this regime, without what is the same there."""
-    named = {"all ones": all_ones(scaling), f"the {_opposite(regime)} set": swapped(scaling)}
-    return {name: record for name, record in named.items() if _set_of(record, regime) != _set_of(scaling, regime)}
-
-
-def _opposite(regime: RegimeName) -> RegimeName:
-    return "long" if regime == "short" else "short"
-
-
-def _set_of(scaling: RopeScaling, regime: RegimeName) -> tuple[Any, ...]:
-    return tuple(getattr(scaling, f"{regime}_{part}") for part in ("factor", "attention_factor", "start_tokens"))
-
-
-def _attention(scaling: RopeScaling, power: float) -> RopeScaling:
-    return replace(
-        scaling,
-        long_attention_factor=scaling.long_attention_factor**power,
-        short_attention_factor=scaling.short_attention_factor**power,
-    )
-
-
-def _factors(scaling: RopeScaling, change: Callable[[float], float]) -> RopeScaling:
-    return replace(
-        scaling,
-        long_factor=tuple(change(value) for value in scaling.long_factor),
-        short_factor=tuple(change(value) for value in scaling.short_factor),
-    )
-
-
-# Mistakes that writers and runtimes make, named when a file fails.
-MISTAKES: dict[str, Callable[[RopeScaling], RopeScaling]] = {
-    "all ones": all_ones,
-    "long and short sets exchanged": swapped,
-    "attention factor missing": lambda scaling: _attention(scaling, 0.0),
-    "attention factor squared": lambda scaling: _attention(scaling, 2.0),
-    "factors without effect": lambda scaling: _factors(scaling, lambda value: 1.0),
-    "factors inverted": lambda scaling: _factors(scaling, lambda value: 1.0 / value),
-    "factors halved": lambda scaling: _factors(scaling, lambda value: value / 2.0),
-    "start tokens ignored": lambda scaling: replace(scaling, long_start_tokens=0, short_start_tokens=0),
-}
-
-
 def _suspects(
-    table: Array, under: Callable[[RopeScaling], Array], scaling: RopeScaling, regime: RegimeName, tolerance: Tolerance
+    table: Array, under: Callable[[RopeScaling], Array], scaling: RopeScaling, regime: Regime, tolerance: Tolerance
 ) -> tuple[str, ...]:
     """The mistakes that explain the runtime's probabilities within the tolerance."""
-    records = {name: change(scaling) for name, change in MISTAKES.items()}
     return tuple(
         name
-        for name, record in records.items()
-        if _set_of(record, regime) != _set_of(scaling, regime)
-        and judge(table, under(record), {}, tolerance).distance <= tolerance.bound
+        for name, record in mistakes(scaling, regime).items()
+        if judge(table, under(record), {}, tolerance).distance <= tolerance.bound
     )

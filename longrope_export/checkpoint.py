@@ -54,7 +54,7 @@ class Checkpoint:
         from transformers import AutoModelForCausalLM, GgufConfig
 
         options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True, **from_pretrained}
-        options["output_loading_info"] = True
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # reported below, by name
         place = self.path
         if self.description.kind == "gguf":
             options |= {"gguf_file": self.path.name, "quantization_config": GgufConfig(dequantize=True)}
@@ -67,9 +67,19 @@ class Checkpoint:
         except (OSError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
             raise InputFileError(f"transformers cannot load {self.path}: {reason}") from error
-        if missing := sorted(report["missing_keys"]):  # transformers would fill them with random numbers
-            raise InputFileError(f"{self.path} lacks {len(missing)} weights, the first is {missing[0]}")
+        _check_complete(self.path, report)
         return model
+
+
+def _check_complete(path: Path, report: dict[str, Any]) -> None:
+    # transformers fills what is missing with random numbers.
+    wrong = sorted(entry[0] if isinstance(entry, tuple) else entry for entry in report["mismatched_keys"])
+    for names, problem in (
+        (sorted(report["missing_keys"]), "missing"),
+        (wrong, "of another shape than the config says"),
+    ):
+        if names:
+            raise InputFileError(f"{path}: {len(names)} weights are {problem}, the first is {names[0]}")
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:

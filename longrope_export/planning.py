@@ -107,13 +107,15 @@ def make_plan(
     probe: Callable[[], tuple[Estimate | None, tuple[str, ...]]] | None = None,
 ) -> Plan:
     """The plan for `target` tokens; `probe` measures, None skips it. Raises `ScalingError` without growth."""
-    if target <= description.window:
-        raise ScalingError(f"{description.path} has a window of {description.window} tokens; {target} is no extension")
+    if target <= description.original_window:
+        raise ScalingError(
+            f"{description.path} has a window of {description.original_window} tokens; {target} is no extension"
+        )
     estimate, missing = (None, ("time and memory of an evaluation: --no-probe",)) if probe is None else probe()
     return Plan(
         path=description.path,
         architecture=description.architecture,
-        window=description.window,
+        window=description.original_window,
         target=target,
         kv_cache={name: kv_cache_bytes(description, target, name) for name in CACHE_TYPES},
         weights=weight_bytes(description),
@@ -178,9 +180,12 @@ def estimate_at(
     lengths = sorted({entry.length for entry in ordered})[-4:]
     wall = [(size, min(entry.seconds for entry in ordered if entry.length == size)) for size in lengths]
     busy = [(size, min(entry.cpu_seconds for entry in ordered if entry.length == size)) for size in lengths]
-    square = 0.0 if attention is None else layers / attention.length**2
-    seconds = _with_square(target, wall, attention and attention.seconds * square)
-    processor = _with_square(target, busy, attention and attention.cpu_seconds * square)
+    square, busy_square = None, None
+    if attention is not None:
+        square = layers * attention.seconds / attention.length**2
+        busy_square = layers * attention.cpu_seconds / attention.length**2
+    seconds = _with_square(target, wall, square)
+    processor = _with_square(target, busy, busy_square)
     quiet = min(processor / max(threads, 1), seconds)
     return Estimate(seconds, quiet, _peak_at(target, ordered), tuple(ordered), attention, dtype, threads)
 

@@ -81,8 +81,9 @@ class RotarySets:
 
     def rows(self, indices: Sequence[int] | Tensor) -> RotarySet:
         """The sets `indices` ([B] or [B, S]) as one: a plain one when they are all the same."""
-        if not isinstance(indices, Tensor) and len(set(indices)) == 1:
-            return self._sets[indices[0]]
+        used = indices.unique().tolist() if isinstance(indices, Tensor) else list(set(indices))
+        if len(used) == 1:
+            return self._sets[used[0]]
         index = indices.cpu() if isinstance(indices, Tensor) else torch.tensor(indices)
         start: int | Tensor = self._start_tokens[index] if bool(self._start_tokens.any()) else 0
         return RotarySet(self._frequencies[index], self._attention_factors[index], start)
@@ -115,23 +116,31 @@ class SequenceSwitch:
             return None  # transformers says what is missing
         batch, new = source.shape[:2]
         self.sets.move(source.device)
+        mask, given = call.get("attention_mask"), call.get("position_ids")
         cache = self._cache(decoder, call, batch)
         past = 0 if cache is None else cache.get_seq_length()
-        padding, left = _padding(call.get("attention_mask"), batch, past + new)
+        padding, left = _padding(mask, batch, past + new)
         positions = _positions(call, past, new, any(padding), source.device)
-        if cache is None and (documents := _document_lengths(call.get("attention_mask"), positions)) is not None:
-            self.rotary.current = self.sets.rows(self.sets.indices(documents))
+        if cache is None and mask is None and given is not None:
+            self.rotary.current = self.sets.rows(self.sets.indices(_document_lengths(positions)))
             return (), call
         indices = [self.sets.index(past + new - pad) for pad in padding]
         if cache is not None:
-            self._continue(decoder, cache, ids, positions.expand(batch, -1), padding, indices, left)
+            tokens = CachedTokens(
+                scaling=self.sets.scaling,
+                ids=None if ids is None else ids.clone(),
+                positions=positions.expand(batch, -1),
+                padding=padding,
+                sets=indices,
+                obstacle=None if left else "the mask has padding on the right or in between; pad on the left",
+                largest_call=new,
+            )
+            self._append(decoder, cache, tokens)
         self.rotary.current = self.sets.rows(indices)
         return (), call
 
     def done(self, decoder: nn.Module, args: Any, output: Any) -> None:
-        """Forward hook: outside the decoder's forward no set is chosen, so that nobody uses an old one
-        unawares.
-        """
+        """Forward hook: outside the decoder's forward no set is chosen, so that nobody uses an old one unawares."""
         if not self.rebuilding:
             self.rotary.current = None
 
@@ -148,40 +157,21 @@ class SequenceSwitch:
         cache = call["past_key_values"] = TrackedCache(config=decoder.config)
         return cache
 
-    def _continue(
-        self,
-        decoder: nn.Module,
-        cache: TrackedCache,
-        ids: Tensor | None,
-        positions: Tensor,
-        padding: list[int],
-        indices: list[int],
-        left: bool,
-    ) -> None:
-        tokens = CachedTokens(
-            scaling=self.sets.scaling,
-            ids=None if ids is None else ids.clone(),
-            positions=positions,
-            padding=padding,
-            sets=indices,
-            obstacle=None if left else "it has padding on the right or in between; pad on the left",
-            largest_call=positions.shape[1],
-        )
-        if cache.tokens is not None:
-            if not left:
-                raise CacheError("the attention mask has padding on the right or in between; pad on the left")
-            past = cache.tokens.length
-            if cache.tokens.padding != [min(pad, past) for pad in padding]:
-                raise CacheError("the attention mask hides other cached tokens than before; pass the whole mask again")
-            stale = [
-                row
-                for row, (old, now) in enumerate(zip(cache.tokens.sets, indices))
-                if old != now and padding[row] < past
-            ]
-            if stale:
-                self._rebuild(decoder, cache, stale, indices)
-            tokens = cache.tokens.extended(tokens)
-        cache.tokens = tokens
+    def _append(self, decoder: nn.Module, cache: TrackedCache, new: CachedTokens) -> None:
+        """Note the call's tokens with the cache, after rebuilding the rows whose set they change."""
+        old = cache.tokens
+        if old is None:
+            cache.tokens = new
+            return
+        if new.obstacle:
+            raise CacheError(f"the cache cannot be continued: {new.obstacle}")
+        if old.padding != [min(pad, old.length) for pad in new.padding]:
+            raise CacheError("the attention mask hides other cached tokens than before; pass the whole mask again")
+        changed = [row for row, pair in enumerate(zip(old.sets, new.sets)) if pair[0] != pair[1]]
+        stale = [row for row in changed if new.padding[row] < old.length]
+        if stale:
+            self._rebuild(decoder, cache, stale, new.sets)
+        cache.tokens = old.extended(new)
 
     def _rebuild(self, decoder: nn.Module, cache: TrackedCache, rows: list[int], indices: list[int]) -> None:
         """Compute the cached keys and values of `rows` again with the sets that they have from now on."""
@@ -251,13 +241,9 @@ def _positions(call: dict[str, Any], past: int, new: int, padded: bool, device: 
     return positions
 
 
-def _document_lengths(mask: Any, positions: Tensor) -> Tensor | None:
-    """For a packed row the length of each token's document [B, S]; None when no row is packed."""
-    if mask is not None:
-        return None
+def _document_lengths(positions: Tensor) -> Tensor:
+    """Length of each token's document [B, S]; a document ends where position ids do not go on by one."""
     starts = positions.diff(dim=1) != 1
-    if not bool(starts.any()):
-        return None
     document = torch.nn.functional.pad(starts.long().cumsum(1), (1, 0))
     counts = torch.zeros_like(document).scatter_add_(1, document, torch.ones_like(document))
     return counts.gather(1, document)

@@ -94,13 +94,13 @@ def _short_share(config: SearchConfig) -> float:
 
 
 def _plan_evolution(config: SearchConfig, sizes: Sizes, passes: float, timing: Timing | None) -> Plan:
-    share = _short_share(config)
-    evaluations = min(config.evolution.evaluations, math.floor(passes * (1.0 - share) / sizes.documents))
-    if evaluations < 1:
-        raise _too_small(config, 1.0 / (1.0 - share))
     ratio = timing.short_forward / timing.forward if timing else sizes.short_ratio
-    short = math.floor(passes * share / ratio / sizes.short_documents)
+    short = math.floor(passes * _short_share(config) / ratio / sizes.short_documents)
     short = 0 if short < _FEWEST_SHORT_EVALUATIONS else min(short, _MOST_SHORT_EVALUATIONS)
+    left = passes - short * sizes.short_documents * ratio
+    evaluations = min(config.evolution.evaluations, math.floor(left / sizes.documents))
+    if evaluations < 1:
+        raise _too_small(config, 1.0)
     units = evaluations * sizes.documents + (sizes.baselines + 1) * sizes.validation
     units += (short * sizes.short_documents + 2 * sizes.short_validation) * ratio if short else 0
     return Plan(evaluations=evaluations, short_evaluations=short, units=units)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
-from longrope_export.errors import LongRopeError, StaleStateError
+from longrope_export.errors import LongRopeError
 from longrope_export.evaluation import passkey
 from longrope_export.evaluation.stdlib_corpus import documents, training_tests
 from longrope_export.files import atomic_output, write_text
@@ -229,8 +229,6 @@ def main(
             library=library,
             report=progress_printer(settings, minutes),
         )
-    except StaleStateError:
-        raise
     except LongRopeError as error:
         raise click.ClickException(str(error)) from None
     click.echo(str(out))

@@ -38,7 +38,7 @@ def plan(model: str, target: str, threads: int | None, dtype: str, no_probe: boo
       longrope plan ./Llama-3.2-1B --to 4x --no-probe --json
     """
     description = describe(model)
-    length = resolve_length(target, description.window)
+    length = resolve_length(target, description.original_window)
 
     def probe() -> tuple[Estimate | None, tuple[str, ...]]:
         click.echo(f"probing {printable(model)} in {dtype} ...", err=True)

@@ -160,14 +160,15 @@ def evaluate_passkey(
     everything = sum(prompt.length for prompt in prompts)
     started, done, scored = time.perf_counter(), 0, []
     for prompt in prompts:
-        scored.append(_trial(model, tokenizer, prompt, mode))
+        scored.append(score(model, tokenizer, prompt, mode))
         done += prompt.length
         if progress:
             progress(done, everything)
     return PasskeyResult(tuple(scored), seed, time.perf_counter() - started)
 
 
-def _trial(model: nn.Module, tokenizer: Any, prompt: PasskeyPrompt, mode: Mode) -> PasskeyTrial:
+def score(model: nn.Module, tokenizer: Any, prompt: PasskeyPrompt, mode: Mode) -> PasskeyTrial:
+    """One prompt scored in the ways that `mode` names; a generated number must be the key, not begin like it."""
     text = generated_text(model, tokenizer, prompt) if mode != "forced" else None
     return PasskeyTrial(
         length=prompt.length,

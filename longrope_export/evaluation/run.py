@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from longrope_export.description import ModelDescription
 from longrope_export.errors import ScalingError
-from longrope_export.rope.methods import METHODS, existing_of, method_scaling
+from longrope_export.rope.methods import METHODS, method_scaling
 from longrope_export.scaling import RopeScaling, to_float32
 
 if TYPE_CHECKING:
@@ -122,6 +122,8 @@ def _records(
     from longrope_export.formats.records import read_scaling
 
     scaling = description.scaling if options.scaling is None else read_scaling(options.scaling)
+    if scaling is None and options.switch != "sequence":
+        raise ScalingError(f"--switch {options.switch} chooses a record's set, and there is none; give --scaling")
     target = options.target or max(options.lengths)
     scalings = dict(_method_record(name, description, target) for name in options.methods)
     if len(scalings) != len(options.methods):
@@ -134,6 +136,7 @@ def _records(
 
 def _method_record(name: str, description: ModelDescription, target: int) -> tuple[str, RopeScaling | None]:
     from longrope_export.formats.records import read_scaling
+    from longrope_export.pipeline import existing_set
 
     if name == UNCHANGED:
         return name, None
@@ -145,7 +148,7 @@ def _method_record(name: str, description: ModelDescription, target: int) -> tup
         rotary_dim=description.rotary_dim,
         original_max_position_embeddings=description.window,
         max_position_embeddings=target,
-        existing=existing_of(description),
+        existing=existing_set(description),
     )
 
 

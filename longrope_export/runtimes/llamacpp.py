@@ -39,7 +39,10 @@ class Outcome:
 
 def available() -> bool:
     """Whether the `xllamacpp` wheel is installed."""
-    return importlib.util.find_spec("xllamacpp") is not None
+    try:
+        return importlib.util.find_spec("xllamacpp") is not None
+    except ValueError:  # a module set to None: blocked
+        return False
 
 
 def version() -> str:
@@ -136,7 +139,7 @@ def run(
         settings = {"gguf": str(path), "context": context, "threads": threads or default_threads()}
         (folder / "request.json").write_text(json.dumps({**request, **settings}))
         outcome = _run_child(folder, path, timeout)
-    _check_settings(outcome.log, context)
+    check_settings(outcome.log, context)
     return outcome
 
 
@@ -200,7 +203,8 @@ def _level(line: str) -> str:
     return match.group(1) if match else ""
 
 
-def _check_settings(log: str, context: int) -> None:
+def check_settings(log: str, context: int) -> None:
+    """Raise `RuntimeFailure` unless the log shows a context of `context` (rounded up to 256) and exact settings."""
     wanted = {**_SETTINGS, "n_ctx_seq": str(padded_context(context))}
     for name, value in wanted.items():
         found = re.search(rf"llama_context: {name}\s*= (\S+)", log)

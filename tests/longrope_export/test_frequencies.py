@@ -78,9 +78,7 @@ def test_critical_index_is_the_first_pair_with_too_long_a_period(
 
 
 @given(theta=st.floats(10.0, 1e8), pairs=st.integers(2, 128), share=st.floats(-1.0, 3.0))
-def test_crossing_inverts_the_wavelengths_also_beyond_both_ends(
-    theta: float, pairs: int, share: float
-) -> None:
+def test_crossing_inverts_the_wavelengths_also_beyond_both_ends(theta: float, pairs: int, share: float) -> None:
     length, position = 2 * math.pi * theta**share, share * pairs
     assert crossing(wavelengths(theta, 2 * pairs), length) == pytest.approx(position, abs=1e-6)
 
@@ -103,9 +101,7 @@ def test_an_odd_or_empty_rotary_dim_is_refused(dimension: int) -> None:
         wavelengths(1e4, dimension)
 
 
-@pytest.mark.parametrize(
-    "factors", [[1.0], [1.0, 0.0], [1.0, math.nan], [1.0, -1.0], ["a", "b"], [[1.0, 2.0]]]
-)
+@pytest.mark.parametrize("factors", [[1.0], [1.0, 0.0], [1.0, math.nan], [1.0, -1.0], ["a", "b"], [[1.0, 2.0]]])
 def test_bad_factors_are_refused(factors: list[float]) -> None:
     with pytest.raises(ScalingError, match="factors"):
         inverse_frequencies(1e4, 4, factors)

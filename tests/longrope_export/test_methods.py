@@ -63,9 +63,7 @@ def test_llama2_to_16k(name: str) -> None:
     ],
 )
 def test_llama3_8b(name: str, scale: int, values: list[float]) -> None:
-    assert factors(name, LLAMA3, scale).factors[[20, 24, 30, 34, 35]] == pytest.approx(
-        np.array(values), abs=6e-7
-    )
+    assert factors(name, LLAMA3, scale).factors[[20, 24, 30, 34, 35]] == pytest.approx(np.array(values), abs=6e-7)
 
 
 def test_phi3_mini_64x() -> None:
@@ -95,9 +93,7 @@ def test_llama3_keeps_blends_and_divides_the_right_pairs() -> None:
         (PHI3, 4096, (15, 34), (16, 18, 14)),
     ],
 )
-def test_yarn_ramp(
-    model: dict[str, Any], length: int, ramp: tuple[int, int], counts: tuple[int, int, int]
-) -> None:
+def test_yarn_ramp(model: dict[str, Any], length: int, ramp: tuple[int, int], counts: tuple[int, int, int]) -> None:
     periods = wavelengths(model["rope_theta"], model["rotary_dim"])
     assert formulas.yarn_ramp(periods, length) == ramp
     kept = formulas.yarn_kept_share(periods, length)
@@ -122,9 +118,7 @@ def test_new_bases() -> None:
     assert formulas.critical_dimension_base(5e5, 8192, 16 * 8192) == pytest.approx(79760692.2, abs=1e-1)
 
 
-@pytest.mark.parametrize(
-    ("factor", "length", "base"), [(1, 8192, 20221.2617), (2, 8192, 30527.7367), (2, 4096, 1e4)]
-)
+@pytest.mark.parametrize(("factor", "length", "base"), [(1, 8192, 20221.2617), (2, 8192, 30527.7367), (2, 4096, 1e4)])
 def test_dynamic_ntk_bases(factor: float, length: int, base: float) -> None:
     scale = formulas.dynamic_ntk_scale(length, 4096, factor)
     assert formulas.ntk_base(1e4, 128, scale) == pytest.approx(base, abs=1e-4)
@@ -178,9 +172,7 @@ def test_longrope2_without_options_divides_by_s_from_the_critical_dimension_up()
 def test_resonance_rounds_wavelengths_to_whole_tokens() -> None:
     plain = wavelengths(1e4, 128)
     rounded = plain * formulas.resonance(plain, np.ones(64))
-    assert rounded[[1, 8, 16, 32, 63]] == pytest.approx(
-        np.array([7.0, 20.0, 63.0, 628.0, 54410.0]), rel=1e-14
-    )
+    assert rounded[[1, 8, 16, 32, 63]] == pytest.approx(np.array([7.0, 20.0, 63.0, 628.0, 54410.0]), rel=1e-14)
     with_option = factors("yarn", LLAMA2, 4, resonance=True).factors * plain
     assert with_option == pytest.approx(np.rint(factors("yarn", LLAMA2, 4).factors * plain), rel=1e-14)
 
@@ -330,9 +322,7 @@ def test_no_extension_is_the_identity(model: dict[str, Any], name: str) -> None:
 
 @given(model=models, scale=scales)
 def test_wavelength_blend_is_never_below_frequency_blend(model: dict[str, Any], scale: int) -> None:
-    assert (
-        factors("yarn-wavelength", model, scale).factors >= factors("yarn", model, scale).factors - 1e-9
-    ).all()
+    assert (factors("yarn-wavelength", model, scale).factors >= factors("yarn", model, scale).factors - 1e-9).all()
 
 
 # ---------------------------------------------------------------- the table and its documentation

@@ -132,9 +132,7 @@ def test_ntk_is_dynamic_ntk_at_the_target_length() -> None:
 
 def test_every_rope_type_that_transformers_knows_is_handled_or_refused() -> None:
     known = set(ROPE_INIT_FUNCTIONS) | {"default"}
-    assert known - set(HANDLED) - set(REFUSED) == set(), (
-        "transformers has a new rope type: handle or refuse it"
-    )
+    assert known - set(HANDLED) - set(REFUSED) == set(), "transformers has a new rope type: handle or refuse it"
     assert set(HANDLED) & set(REFUSED) == set()
     assert {case["rope_type"] for case in CASES.values()} | {"default"} == set(HANDLED)
     for name in REFUSED:
@@ -177,9 +175,7 @@ def test_legacy_names_are_understood() -> None:
         ({**CASES["longrope"], "long_mscale": 1.5}, "long_mscale"),
     ],
 )
-def test_what_cannot_be_turned_into_factors_is_refused_by_name(
-    parameters: dict[str, Any], message: str
-) -> None:
+def test_what_cannot_be_turned_into_factors_is_refused_by_name(parameters: dict[str, Any], message: str) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
         ours(parameters)
 

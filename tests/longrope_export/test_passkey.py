@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from longrope_export import RopeScaling, load
@@ -27,6 +27,7 @@ from longrope_export.evaluation.passkey import (
     forced_correct,
     generated_text,
     passkey_prompts,
+    score,
 )
 
 LENGTH = 480
@@ -40,8 +41,8 @@ def trained(kind: str) -> Any:
     special = ["<unk>", "<s>", "</s>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if kind == "sentencepiece":
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-        tokenizer.decoder = decoders.Metaspace()
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+        tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(), decoders.Fuse()])
         special, alphabet = [*special, *(f"<0x{byte:02X}>" for byte in range(256))], list("0123456789")
     else:
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -73,7 +74,7 @@ def test_prompt_and_answer_have_exactly_the_asked_length(tokenizer: Any) -> None
 
 
 def test_the_prompt_is_the_template_in_its_order(tokenizer: Any) -> None:
-    text = tokenizer.decode(build_prompt(tokenizer, 400, 31_415, 0.4).prompt_ids, skip_special_tokens=True)
+    text = tokenizer.decode(build_prompt(tokenizer, 400, 31_415, 0.4).prompt_ids[1:])
     flat = " ".join(text.split())
     parts = [INTRODUCTION, FILLER, KEY_SENTENCE.format(key=31_415), FILLER, QUESTION]
     places = []
@@ -123,100 +124,10 @@ def test_trials_are_stratified_in_depth_and_fixed_by_the_seed(tokenizer: Any) ->
     assert all(1 <= key <= 50_000 for key in keys)
 
 
-def test_smollm2_splits_digits_singly_and_finds_keys(smollm2: Path) -> None:
-    from longrope_export.evaluation.documents import load_tokenizer
-
-    tokenizer = load_tokenizer(smollm2)
-    prompt = build_prompt(tokenizer, 256, 40_321, 0.5)
-    assert prompt.length == 256
-    assert [tokenizer.decode([token]) for token in prompt.answer_ids] == [" ", "4", "0", "3", "2", "1"]
-
-
-class Copier(torch.nn.Module):
-    """Not a language model: it answers with the token after the last earlier occurrence of the last `width` tokens."""
-
-    def __init__(self, vocabulary: int, width: int, shift: int = 0) -> None:
-        super().__init__()
-        from types import SimpleNamespace
-
-        self.config = SimpleNamespace()
-        self.width, self.shift = width, shift
-        self.lm_head = torch.nn.Linear(vocabulary, vocabulary, bias=False)
-        torch.nn.init.eye_(self.lm_head.weight)
-        self.base_model = CopierBody(vocabulary, width, shift)
-        self.longest = 0
-
-    def get_output_embeddings(self) -> torch.nn.Module:
-        return self.lm_head
-
-    def forward(self, input_ids: Tensor, **ignored: Any) -> Any:
-        from types import SimpleNamespace
-
-        return SimpleNamespace(logits=self.lm_head(self.base_model(input_ids).last_hidden_state))
-
-    def generate(self, ids: Tensor, attention_mask: Tensor, generation_config: Any) -> Tensor:
-        for _ in range(generation_config.max_new_tokens):
-            self.longest = max(self.longest, ids.shape[1])
-            ids = torch.cat([ids, self(ids).logits[:, -1:].argmax(-1)], dim=1)
-        return ids
-
-
-class CopierBody(torch.nn.Module):
-    def __init__(self, vocabulary: int, width: int, shift: int) -> None:
-        super().__init__()
-        self.vocabulary, self.width, self.shift = vocabulary, width, shift
-
-    def forward(self, input_ids: Tensor, **ignored: Any) -> Any:
-        from types import SimpleNamespace
-
-        tokens = input_ids[0].tolist()
-        states = torch.zeros(1, len(tokens), self.vocabulary)
-        for end in range(1, len(tokens) + 1):
-            states[0, end - 1, self._next(tokens[:end])] = 1.0
-        return SimpleNamespace(last_hidden_state=states)
-
-    def _next(self, tokens: list[int]) -> int:
-        for width in range(min(self.width, len(tokens) - 1), 0, -1):
-            for start in range(len(tokens) - width - 1, -1, -1):
-                if tokens[start : start + width] == tokens[-width:]:
-                    return (tokens[start + width] + self.shift) % self.vocabulary
-        return 0
-
-
-def test_a_program_that_copies_scores_full_marks_in_both_ways(tiny_tokenizer: Any) -> None:
-    copier = Copier(97, width=len("The pass key is "))
-    result = evaluate_passkey(copier, tiny_tokenizer, [LENGTH], trials=4, seed=1, mode="both")
-    assert result.accuracy(LENGTH, "forced") == result.accuracy(LENGTH, "generate") == 1.0
-    assert copier.longest == LENGTH, "the model may see prompt and answer, not more"
-    assert [trial.text.strip()[: len(str(trial.key))] for trial in result.trials if trial.text] == [
-        str(trial.key) for trial in result.trials
-    ]
-
-
-def test_a_program_that_answers_another_number_scores_nothing(tiny_tokenizer: Any) -> None:
-    result = evaluate_passkey(Copier(97, 16, shift=1), tiny_tokenizer, [LENGTH], trials=4, seed=1, mode="both")
-    assert result.accuracy(LENGTH, "forced") == result.accuracy(LENGTH, "generate") == 0.0
-
-
-def wrong_key(prompt: PasskeyPrompt, tokenizer: Any) -> PasskeyPrompt:
-    other = build_prompt(tokenizer, prompt.length, (prompt.key + 11_111) % 50_000, prompt.depth)
-    return PasskeyPrompt(prompt.prompt_ids, other.answer_ids, other.key, prompt.depth)
-
-
-def test_a_wrong_key_is_scored_wrong(tiny_tokenizer: Any) -> None:
-    copier = Copier(97, width=16)
-    prompt = build_prompt(tiny_tokenizer, LENGTH, 12_345, 0.5)
-    assert forced_correct(copier, tiny_tokenizer, prompt)
-    assert not forced_correct(copier, tiny_tokenizer, wrong_key(prompt, tiny_tokenizer))
-
-
-def test_one_wrong_digit_is_wrong(tiny_tokenizer: Any) -> None:
-    copier = Copier(97, width=16)
-    prompt = build_prompt(tiny_tokenizer, LENGTH, 12_345, 0.5)
-    for place in range(1, 6):
-        answer = list(prompt.answer_ids)
-        answer[place] = tiny_tokenizer.convert_tokens_to_ids("9")
-        assert not forced_correct(copier, tiny_tokenizer, PasskeyPrompt(prompt.prompt_ids, tuple(answer), 0, 0.5))
+def test_the_key_stands_twice_in_the_prompt_and_the_answer_not_at_all(tokenizer: Any) -> None:
+    for prompt in passkey_prompts(tokenizer, 400, 8, seed=0):
+        text = tokenizer.decode(prompt.prompt_ids, skip_special_tokens=True)
+        assert re.findall(r"\d+", text) == [str(prompt.key)] * 2
 
 
 @pytest.mark.parametrize(
@@ -226,35 +137,67 @@ def test_the_first_number_of_an_answer(text: str, number: str | None) -> None:
     assert first_number(text) == number
 
 
-def test_a_longer_number_that_begins_like_the_key_is_wrong(tiny_tokenizer: Any) -> None:
-    prompt = build_prompt(tiny_tokenizer, LENGTH, 123, 0.5)
-    ids = list(prompt.prompt_ids)
-    text = tiny_tokenizer.decode(ids)
-    longer = encode(tiny_tokenizer, text.replace("<s>", "").replace("123", "1234"))
-    assert generated_text(Copier(97, 16), tiny_tokenizer, PasskeyPrompt((1, *longer), prompt.answer_ids, 123, 0.5)) == " 1234"
-
-
-def test_forced_and_generated_agree_on_a_real_architecture(tiny_llama: Path, tiny_tokenizer: Any) -> None:
-    """A random model's own greedy continuation, taken as the answer, is right in both ways; any other is wrong."""
+@pytest.fixture
+def model(tiny_llama: Path, tiny_tokenizer: Any) -> Any:
+    """A random model that says nothing but digits."""
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
-    prompt = build_prompt(tiny_tokenizer, LENGTH, 12_345, 0.5)
-    ids = torch.tensor([prompt.prompt_ids])
     digits = [tiny_tokenizer.convert_tokens_to_ids(digit) for digit in "0123456789"]
     with torch.no_grad():
-        model.lm_head.weight[[index for index in range(97) if index not in digits]] -= 100 * model.lm_head.weight.abs().max()
-        for _ in range(4):
+        model.lm_head.weight[[token for token in range(97) if token not in digits]] = 0.0
+    return model
+
+
+def own_answer(model: Any, tokenizer: Any, digits: int) -> PasskeyPrompt:
+    """A prompt with what the model says to it (by full forward passes) as the right answer."""
+    prompt = build_prompt(tokenizer, LENGTH, 12_345, 0.5)
+    ids = torch.tensor([prompt.prompt_ids])
+    with torch.no_grad():
+        for _ in range(digits):
             ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
-    own = tuple(ids[0, len(prompt.prompt_ids) :].tolist())
-    text = generated_text(model, tiny_tokenizer, PasskeyPrompt(prompt.prompt_ids, own, 0, 0.5))
-    assert text.startswith(tiny_tokenizer.decode(own))
-    if all(token in digits for token in own):
-        assert forced_correct(model, tiny_tokenizer, PasskeyPrompt(prompt.prompt_ids, own, 0, 0.5))
-        other = (digits[(digits.index(own[0]) + 1) % 10], *own[1:])
-        assert not forced_correct(model, tiny_tokenizer, PasskeyPrompt(prompt.prompt_ids, other, 0, 0.5))
+    answer = ids[0, len(prompt.prompt_ids) :].tolist()
+    key = tokenizer.decode(answer)
+    assert key.isdigit()
+    return PasskeyPrompt(prompt.prompt_ids, tuple(answer), key, 0.5)
 
 
-def test_lm_head_runs_on_the_answer_rows_only(tiny_llama: Path, tiny_tokenizer: Any) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+def test_what_the_model_says_is_right_in_the_forced_way_and_one_changed_digit_is_wrong(
+    model: Any, tiny_tokenizer: Any
+) -> None:
+    prompt = own_answer(model, tiny_tokenizer, 5)
+    assert forced_correct(model, tiny_tokenizer, prompt)
+    for place in range(5):
+        answer = list(prompt.answer_ids)
+        answer[place] = tiny_tokenizer.convert_tokens_to_ids("7" if str(prompt.key)[place] != "7" else "3")
+        changed = PasskeyPrompt(prompt.prompt_ids, tuple(answer), 0, 0.5)
+        assert not forced_correct(model, tiny_tokenizer, changed)
+
+
+def test_a_space_before_the_digits_is_not_scored(model: Any, tiny_tokenizer: Any) -> None:
+    prompt = build_prompt(tiny_tokenizer, LENGTH, 12_345, 0.5)
+    spaced = own_answer(model, tiny_tokenizer, 1)
+    assert tiny_tokenizer.decode(prompt.answer_ids) == " 12345"
+    space = PasskeyPrompt(spaced.prompt_ids, prompt.answer_ids[:1], 0, 0.5)
+    assert forced_correct(model, tiny_tokenizer, space), "the model says a digit here, which may not matter"
+
+
+def test_generation_is_the_greedy_continuation_one_token_beyond_the_answer(model: Any, tiny_tokenizer: Any) -> None:
+    prompt = own_answer(model, tiny_tokenizer, 6)
+    shorter = PasskeyPrompt(prompt.prompt_ids, prompt.answer_ids[:5], 0, 0.5)
+    assert generated_text(model, tiny_tokenizer, shorter) == str(prompt.key)
+
+
+def test_a_longer_number_that_begins_like_the_key_is_wrong(model: Any, tiny_tokenizer: Any) -> None:
+    """Forced, the digits are right; generated, the model goes on with digits, so it said another number."""
+    prompt = own_answer(model, tiny_tokenizer, 3)
+    trial = score(model, tiny_tokenizer, prompt, "both")
+    assert (trial.forced, trial.generated) == (True, False)
+    assert trial.text is not None
+    assert trial.text.startswith(str(prompt.key))
+    said = PasskeyPrompt(prompt.prompt_ids, prompt.answer_ids, trial.text, 0.5)  # type: ignore[arg-type]
+    assert score(model, tiny_tokenizer, said, "generate").generated is True
+
+
+def test_lm_head_runs_on_the_answer_rows_only(model: Any, tiny_tokenizer: Any) -> None:
     prompt = build_prompt(tiny_tokenizer, LENGTH, 12_345, 0.5)
     seen: list[int] = []
     model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[-2]))
@@ -273,8 +216,7 @@ def test_a_model_that_switches_never_passes_the_asked_length(tiny_llama: Path, t
     assert generated_text(switching, tiny_tokenizer, prompt) == generated_text(short, tiny_tokenizer, prompt)
 
 
-def test_modes_run_only_what_was_asked_for(tiny_llama: Path, tiny_tokenizer: Any) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+def test_modes_run_only_what_was_asked_for(model: Any, tiny_tokenizer: Any) -> None:
     forced = evaluate_passkey(model, tiny_tokenizer, [LENGTH], trials=2, mode="forced")
     generated = evaluate_passkey(model, tiny_tokenizer, [LENGTH], trials=2, mode="generate")
     assert (forced.accuracy(LENGTH, "generate"), forced.trials[0].text) == (None, None)
@@ -282,8 +224,7 @@ def test_modes_run_only_what_was_asked_for(tiny_llama: Path, tiny_tokenizer: Any
     assert generated.trials[0].text is not None
 
 
-def test_nan_is_an_error_and_not_a_wrong_key(tiny_llama: Path, tiny_tokenizer: Any) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+def test_nan_is_an_error_and_not_a_wrong_key(model: Any, tiny_tokenizer: Any) -> None:
     prompt = build_prompt(tiny_tokenizer, LENGTH, 12_345, 0.5)
     with torch.no_grad():
         model.lm_head.weight[5] = float("nan")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from longrope_export import RopeScaling
 from longrope_export.cli.plan import duration, plan, size
 from longrope_export.description import ModelDescription, describe
 from longrope_export.errors import ScalingError
@@ -153,6 +154,18 @@ def test_what_does_not_fit_is_said(tiny: ModelDescription) -> None:
 def test_a_window_that_does_not_grow_is_refused(tiny: ModelDescription) -> None:
     with pytest.raises(ScalingError, match="a window of 32 tokens; 32 is no extension"):
         make_plan(tiny, 32)
+
+
+def test_an_extended_model_can_be_planned_for_its_own_window(tiny: ModelDescription) -> None:
+    record = RopeScaling(
+        rope_theta=1e4,
+        rotary_dim=32,
+        original_max_position_embeddings=32,
+        max_position_embeddings=128,
+        long_factor=(4.0,) * 16,
+    )
+    result = make_plan(replace(tiny, window=128, scaling=record), 128)
+    assert (result.window, result.target, result.kv_cache["f16"]) == (32, 128, 32768)
 
 
 def test_available_memory_is_a_sane_number() -> None:

@@ -23,7 +23,7 @@ from longrope_export.search.space import Candidate, closed_form
 from longrope_export.search.strategies.evolution import EvolutionOptions
 from longrope_export.search.strategies.gradient import GradientOptions
 
-GRADIENT: dict[str, Any] = {"budget": "24", "documents": 2, "validation_documents": 2, "short_share": 0.2}
+GRADIENT: dict[str, Any] = {"budget": "40", "documents": 2, "validation_documents": 2, "short_share": 0.1}
 SMALL = EvolutionOptions(population=6, iterations=3, mutations=4, crossovers=4, parents=4)
 EVOLUTION: dict[str, Any] = {
     "strategy": "evolution", "budget": "24", "documents": 2, "validation_documents": 2, "short_share": 0.5,
@@ -42,8 +42,8 @@ def _trials(path: Path) -> list[Any]:
 @pytest.mark.parametrize("options", [GRADIENT, EVOLUTION])
 def test_a_search_is_deterministic_and_its_seed_matters(tiny: Any, tmp_path: Path, options: dict[str, Any]) -> None:
     results = [_run(tiny, tmp_path / f"{name}.jsonl", **options, seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
-    assert results[0].scaling.to_json() == results[1].scaling.to_json()
-    assert results[0].scaling.long_factor != results[2].scaling.long_factor
+    assert results[0].to_dict() == results[1].to_dict()
+    assert results[0].history != results[2].history
     assert _trials(tmp_path / "a.jsonl") == _trials(tmp_path / "b.jsonl") != _trials(tmp_path / "c.jsonl")
 
 
@@ -73,7 +73,8 @@ def test_a_journal_cut_anywhere_ends_in_the_same_record(tiny: Any, tmp_path: Pat
 @pytest.mark.parametrize("options", [GRADIENT, EVOLUTION])
 def test_the_budget_is_kept_and_stated(tiny: Any, options: dict[str, Any]) -> None:
     result = _run(tiny, **options)
-    assert 0.75 * 24 < result.evaluations <= 24
+    budget = float(options["budget"])
+    assert 0.75 * budget < result.evaluations <= budget
     assert result.scaling.provenance["evaluations"] == result.evaluations
     assert result.validation_evaluations > 0
 
@@ -96,7 +97,7 @@ def test_the_result_is_never_worse_than_a_closed_form_on_the_validation_document
 
 
 def test_a_closed_form_wins_where_the_search_finds_nothing_better(tiny: Any) -> None:
-    lost = GradientOptions(learning_rate=3.0, trust_region=5.0)
+    lost = GradientOptions(trust_region=1e-12)
     result = _run(tiny, **{**GRADIENT, "start_tokens": (0,)}, gradient=lost)
     assert result.chosen != "searched"
     assert any("not beaten" in note for note in result.notes)
@@ -124,7 +125,7 @@ def test_the_model_is_left_as_it_was(tiny: Any) -> None:
 
 
 CHANGES: list[tuple[dict[str, Any], dict[str, Any]]] = [
-    (GRADIENT, {"budget": "30"}),
+    (GRADIENT, {"budget": "20"}),
     (GRADIENT, {"documents": 3}),
     (GRADIENT, {"validation_documents": 3}),
     (GRADIENT, {"seed": 5}),
@@ -203,7 +204,7 @@ def test_a_gguf_search_finds_only_what_a_gguf_holds(tiny: Any, tmp_path: Path) -
 
 
 def test_start_tokens_are_taken_only_when_better_on_both_parts(tiny: Any) -> None:
-    result = _run(tiny, **{**GRADIENT, "budget": "40"}, start_tokens=(0, 8, 64, 120))
+    result = _run(tiny, **{**GRADIENT, "budget": "60"}, start_tokens=(0, 8, 64, 120))
     tried = result.scaling.provenance["start_tokens_perplexity"]
     assert set(tried) == {"0", "8", "64", "120"}
     if result.scaling.long_start_tokens:

@@ -1,0 +1,342 @@
+"""`run_search` and `longrope search`: files in, longrope.json out, killed and continued, refused early."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from longrope_export.cli.search import search, search_config
+from longrope_export.errors import (
+    InputFileError,
+    LongRopeError,
+    OutputError,
+    ScalingError,
+    StaleStateError,
+    TextTooShortError,
+    UnsupportedModelError,
+)
+from longrope_export.scaling import RopeScaling
+from longrope_export.search.progress import SearchProgress
+from longrope_export.search.protocol import SEARCH, Outcome, Trial
+from longrope_export.search.plan import Plan
+from longrope_export.search.run import SearchConfig, run_search
+from longrope_export.search.space import Candidate
+
+GRADIENT = ["--budget", "30", "--documents", "2", "--validation-documents", "2", "--threads", "1"]
+EVOLUTION = [
+    *GRADIENT, "--strategy", "evolution", "--population", "8", "--iterations", "3", "--mutations", "4",
+    "--crossovers", "4", "--parents", "4",
+]  # fmt: skip
+
+
+def _arguments(folder: Path, text: Path, out: Path, *more: str) -> list[str]:
+    return [str(folder), "--to", "4x", "--data", str(text), "--out", str(out), *more]
+
+
+def _command(*arguments: str) -> list[str]:
+    return [sys.executable, "-c", "from longrope_export.cli.main import main; main()", "search", *arguments]
+
+
+def _run(arguments: list[str]) -> Any:
+    result = CliRunner().invoke(search, arguments)
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def _stop_after_lines(command: list[str], journal: Path, lines: int, stop: int) -> tuple[int, str]:
+    """Start the command, send the signal once the journal holds that many lines, and give exit code and stderr."""
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if journal.exists() and journal.read_bytes().count(b"\n") >= lines:
+            process.send_signal(stop)
+            break
+        time.sleep(0.001)
+    _, stderr = process.communicate(timeout=120)
+    return process.returncode, stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL")
+@pytest.mark.parametrize("options", [GRADIENT, EVOLUTION], ids=["gradient", "evolution"])
+def test_killed_at_any_point_it_ends_in_the_same_bytes(
+    tiny_folder: Path, text: Path, tmp_path: Path, options: list[str]
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert _run(_arguments(tiny_folder, text, whole, *options)).exit_code == 0
+    journal = killed / "journal.jsonl"
+    arguments = _arguments(tiny_folder, text, killed, *options)
+    total = (whole / "journal.jsonl").read_bytes().count(b"\n")
+    for lines, stop in ((1, signal.SIGKILL), (total // 3, signal.SIGKILL), (2 * total // 3, signal.SIGINT)):
+        code, stderr = _stop_after_lines(_command(*arguments), journal, lines, stop)
+        assert code == (130 if stop == signal.SIGINT else -signal.SIGKILL)
+        assert not (killed / "longrope.json").exists()
+        kept = journal.read_bytes()
+        assert lines <= kept.count(b"\n") < total
+        if stop == signal.SIGINT:
+            assert "Traceback" not in stderr
+            assert f"longrope search {tiny_folder} --to 4x" in stderr
+    assert _run(arguments).exit_code == 0
+    assert journal.read_bytes().startswith(kept[: kept.rfind(b"\n") + 1])
+    assert (killed / "longrope.json").read_bytes() == (whole / "longrope.json").read_bytes()
+    trials = [[json.loads(line)["of"] for line in folder.read_text().splitlines()[1:]] for folder in (journal, whole / "journal.jsonl")]
+    assert trials[0] == trials[1]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_folder: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    out = tmp_path_factory.mktemp("finished") / "out"
+    result = _run(_arguments(tiny_folder, text, out, *GRADIENT, "--json"))
+    return out, result.stdout
+
+
+def test_json_is_the_record_that_was_written(finished: tuple[Path, str]) -> None:
+    out, stdout = finished
+    value = json.loads(stdout)
+    written = RopeScaling.from_json((out / "longrope.json").read_text())
+    assert RopeScaling.from_dict(value["scaling"]) == written
+    assert sorted(path.name for path in out.iterdir()) == ["journal.jsonl", "longrope.json"]
+    assert written.max_position_embeddings == 128
+
+
+def test_progress_goes_to_stderr_and_the_result_to_stdout(tiny_folder: Path, text: Path, tmp_path: Path) -> None:
+    result = _run(_arguments(tiny_folder, text, tmp_path / "out", *GRADIENT))
+    assert "best perplexity" in result.stderr
+    assert "evaluations" in result.stderr
+    assert "left" in result.stderr
+    assert "validation documents" in result.stdout
+    assert "32 → 128 tokens" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (["--seed", "1"], "configuration.seed"),
+        (["--budget", "31"], "configuration.budget"),
+        (["--to", "3x"], "configuration.target"),
+        (["--learning-rate", "0.01"], "configuration.gradient.learning_rate"),
+    ],
+)
+def test_another_search_in_the_same_folder_is_refused(
+    finished: tuple[Path, str], tiny_folder: Path, text: Path, change: list[str], field: str
+) -> None:
+    out, _ = finished
+    before = (out / "journal.jsonl").read_bytes()
+    with pytest.raises(StaleStateError, match=f": {field} is "):
+        _run(_arguments(tiny_folder, text, out, *GRADIENT, *change))
+    assert (out / "journal.jsonl").read_bytes() == before
+
+
+def _config(folder: Path, text: Path, out: Path, **options: Any) -> SearchConfig:
+    return SearchConfig(**{"model": folder, "target": "4x", "data": (text,), "out": out, "budget": "30", **options})
+
+
+def _edited(folder: Path, target: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    shutil.copytree(folder, target)
+    config = json.loads((target / "config.json").read_text())
+    change(config)
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def _longrope(config: dict[str, Any]) -> None:
+    config["max_position_embeddings"] = 128
+    config["rope_parameters"] = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "long_factor": [2.0] * 16, "short_factor": [1.0] * 16,
+        "original_max_position_embeddings": 32, "factor": 4.0, "attention_factor": 1.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"target": "1x"}, ScalingError, "from 32 to 32 tokens"),
+        ({"target": "16"}, ScalingError, "from 32 to 16 tokens"),
+        ({"target": "long"}, LongRopeError, "not a length"),
+        ({"target": "64k"}, TextTooShortError, "text.txt"),
+        ({"documents": 400}, TextTooShortError, "documents"),
+        ({"data": (Path("missing.txt"),)}, InputFileError, "missing.txt"),
+        ({"model": Path("missing")}, InputFileError, "missing"),
+        ({"init": Path("missing.json")}, InputFileError, "missing.json"),
+        ({"dtype": "int4"}, LongRopeError, "dtype"),
+        ({"threads": 0}, LongRopeError, "threads"),
+        ({"data": ()}, LongRopeError, "at least one text"),
+        ({"budget": "0.5"}, LongRopeError, "does not pay"),
+    ],
+)
+def test_wrong_input_is_one_error(
+    tiny_folder: Path, text: Path, tmp_path: Path, options: dict[str, Any], error: type[LongRopeError], words: str
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(error, match=words):
+        run_search(_config(tiny_folder, text, out, **options))
+    assert not (out / "longrope.json").exists()
+
+
+def test_a_model_with_longrope_factors_is_refused_by_name(tiny_folder: Path, text: Path, tmp_path: Path) -> None:
+    folder = _edited(tiny_folder, tmp_path / "model", _longrope)
+    with pytest.raises(UnsupportedModelError, match="already carries longrope factors"):
+        run_search(_config(folder, text, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_architecture_is_refused(tiny_folder: Path, text: Path, tmp_path: Path) -> None:
+    folder = _edited(tiny_folder, tmp_path / "model", lambda config: config.update(model_type="mamba"))
+    with pytest.raises(UnsupportedModelError, match="mamba"):
+        run_search(_config(folder, text, tmp_path / "out"))
+
+
+def test_a_linear_scaling_is_searched_on_top_of(tiny_folder: Path, text: Path, tmp_path: Path) -> None:
+    def linear(config: dict[str, Any]) -> None:
+        config["rope_parameters"] = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+
+    folder = _edited(tiny_folder, tmp_path / "model", linear)
+    result = run_search(_config(folder, text, tmp_path / "out", short="original", threads=1))
+    assert result.scaling.short_factor == (2.0,) * 16
+    assert result.scaling.long_factor[-1] > 2.0
+
+
+def test_a_folder_that_belongs_to_something_else_is_refused(tiny_folder: Path, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(OutputError, match="not empty and holds no search"):
+        run_search(_config(tiny_folder, text, tmp_path / "out"))
+    with pytest.raises(OutputError, match="is a file"):
+        run_search(_config(tiny_folder, text, text))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [("auto", "float32"), ("bfloat16", "bfloat16"), ("float32", "float32")]
+)
+def test_the_dtype(tiny_folder: Path, text: Path, tmp_path: Path, dtype: str, expected: str) -> None:
+    result = run_search(_config(tiny_folder, text, tmp_path / "out", dtype=dtype, threads=1, budget="8", short="original"))
+    assert result.scaling.provenance["dtype"] == expected
+
+
+def test_the_thread_count(tiny_folder: Path, text: Path, tmp_path: Path) -> None:
+    import torch
+
+    before = torch.get_num_threads()
+    result = run_search(_config(tiny_folder, text, tmp_path / "out", threads=2, budget="8", short="original"))
+    assert result.scaling.provenance["threads"] == 2
+    assert torch.get_num_threads() == before
+
+
+OPTIONS: list[tuple[list[str], str, Any]] = [
+    (["--strategy", "evolution"], "strategy", "evolution"),
+    (["--budget", "45m"], "budget", "45m"),
+    (["--documents", "7"], "documents", 7),
+    (["--validation-documents", "5"], "validation_documents", 5),
+    (["--seed", "3"], "seed", 3),
+    (["--for", "gguf"], "runtime", "gguf"),
+    (["--attention", "su"], "attention", "su"),
+    (["--short", "original"], "short", "original"),
+    (["--short-share", "0.3"], "short_share", 0.3),
+    (["--short-margin", "0.1"], "short_margin", 0.1),
+    (["--start-tokens", "0,4,8"], "start_tokens", (0, 4, 8)),
+    (["--baselines", "yarn, ntk"], "baselines", ("yarn", "ntk")),
+    (["--dtype", "bfloat16"], "dtype", "bfloat16"),
+    (["--threads", "2"], "threads", 2),
+    (["--init", "x.json"], "init", Path("x.json")),
+    (["--learn-attention"], "learn_attention", True),
+    (["--no-learn-attention"], "learn_attention", False),
+    (["--bound", "2"], "bound", 2.0),
+    (["--step", "0.1"], "step", 0.1),
+    (["--constraint", "paper"], "gradient.constraint", "paper"),
+    (["--learning-rate", "0.2"], "gradient.learning_rate", 0.2),
+    (["--attention-rate", "0.5"], "gradient.attention_rate", 0.5),
+    (["--warm-up", "0.3"], "gradient.warm_up", 0.3),
+    (["--trust-region", "0.01"], "gradient.trust_region", 0.01),
+    (["--average", "0.5"], "gradient.average", 0.5),
+    (["--patience", "2"], "gradient.patience", 2),
+    (["--documents-per-step", "2"], "gradient.documents_per_step", 2),
+    (["--strategy", "evolution", "--population", "5"], "evolution.population", 5),
+    (["--strategy", "evolution", "--iterations", "5"], "evolution.iterations", 5),
+    (["--strategy", "evolution", "--mutations", "5"], "evolution.mutations", 5),
+    (["--strategy", "evolution", "--crossovers", "5"], "evolution.crossovers", 5),
+    (["--strategy", "evolution", "--parents", "5"], "evolution.parents", 5),
+    (["--strategy", "evolution", "--mutation-probability", "0.5"], "evolution.mutation_probability", 0.5),
+]
+PLAIN = ["model", "--to", "4x", "--data", "a.txt", "--data", "b", "--out", "out"]
+
+
+def _parsed(arguments: list[str]) -> SearchConfig:
+    context = search.make_context("search", list(arguments))
+    options = dict(context.params)
+    assert options.pop("as_json") is False
+    return search_config(options)
+
+
+def test_without_options_the_configuration_is_the_default_one() -> None:
+    expected = SearchConfig(model=Path("model"), target="4x", data=(Path("a.txt"), Path("b")), out=Path("out"))
+    assert _parsed(PLAIN) == expected
+
+
+@pytest.mark.parametrize(("arguments", "name", "value"), OPTIONS, ids=[" ".join(arguments) for arguments, _, _ in OPTIONS])
+def test_every_option_reaches_the_configuration(arguments: list[str], name: str, value: Any) -> None:
+    found: Any = _parsed([*PLAIN, *arguments])
+    default: Any = _parsed(PLAIN)
+    for part in name.split("."):
+        found, default = getattr(found, part), getattr(default, part)
+    assert found == value != default
+
+
+def test_the_table_above_holds_every_option() -> None:
+    always = {"--to", "--data", "--out", "--json"}
+    options = {text for parameter in search.params if isinstance(parameter, click.Option)
+               for text in (*parameter.opts, *parameter.secondary_opts)}  # fmt: skip
+    assert options == always | {text for arguments, _, _ in OPTIONS for text in arguments if text.startswith("--")}
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--population", "8"], ["--strategy", "evolution", "--learning-rate", "1"], ["--start-tokens", "a"]]
+)
+def test_options_that_do_not_fit_are_usage_errors(arguments: list[str]) -> None:
+    assert CliRunner().invoke(search, [*PLAIN, *arguments]).exit_code == 2
+
+
+class _Screen:
+    """A text stream that says whether it is a terminal, and keeps what is written."""
+
+    def __init__(self, terminal: bool) -> None:
+        self.terminal, self.text = terminal, ""
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+    def write(self, text: str) -> int:
+        self.text += text
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_shows_the_best_so_far_the_count_and_the_time_left(terminal: bool) -> None:
+    screen: Any = _Screen(terminal)
+    with SearchProgress(screen) as progress:
+        progress.plan(Plan(evaluations=4, units=8.0), {SEARCH: 2}, {SEARCH: 1.0})
+        for value, loss in ((1.0, 2.0), (2.0, 1.0)):
+            for document in range(2):
+                progress.observe(Trial(Candidate((value,)), SEARCH, document), Outcome(loss), True)
+    assert "best perplexity 2.718" in screen.text
+    assert "2.0 of about 4 evaluations" in screen.text
+    assert "left" in screen.text
+
+
+def test_the_search_command_needs_no_torch_for_its_help() -> None:
+    code = "import sys; from longrope_export.cli.search import search; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

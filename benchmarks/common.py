@@ -34,14 +34,10 @@ def median_ratio(seconds: Mapping[str, Sequence[float]], name: str, base: str) -
     return statistics.median(ours / other for ours, other in zip(seconds[name], seconds[base]))
 
 
-def run_child(
-    command: Sequence[str], *, environment: Mapping[str, str] | None = None
-) -> tuple[str, float, int]:
+def run_child(command: Sequence[str], *, environment: Mapping[str, str] | None = None) -> tuple[str, float, int]:
     """Run `command`; its stdout, seconds, and peak resident memory in bytes (0 where the system does not tell)."""
     started = time.perf_counter()
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env={**os.environ, **(environment or {})}
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **(environment or {})})
     assert process.stdout is not None
     output = process.stdout.read()
     if not hasattr(os, "wait4"):

@@ -53,8 +53,8 @@ def plan_gguf(scaling: RopeScaling, limits: Limits) -> tuple[list[Plan], list[st
         plans.append(Plan("short", lengths, llamacpp.padded_context(max(lengths) + 1)))
     elif "short" in limits.regimes:
         notes.append(
-            f"llama.cpp allocates at least {llamacpp.CONTEXT_GRANULE} tokens, more than the window of {window}: it never "
-            "applies the short factors"
+            f"llama.cpp allocates at least {llamacpp.CONTEXT_GRANULE} tokens, more than the window of {window}: "
+            "it never applies the short factors"
         )
     if "long" in limits.regimes and extended > window:
         lengths = _beyond(window, min(cap, extended - 1), limits.prefixes)
@@ -77,8 +77,8 @@ def plan_folder(scaling: RopeScaling, limits: Limits) -> tuple[list[Plan], list[
     cap = limits.max_prefix or extended
     if cap <= window < extended and "long" in limits.regimes:
         raise LongRopeError(
-            f"prefixes of at most {cap} tokens stay inside the window of {window}, where transformers applies the short "
-            "factors only; allow longer ones"
+            f"prefixes of at most {cap} tokens stay inside the window of {window}, where transformers applies the "
+            "short factors only; allow longer ones"
         )
     plans: list[Plan] = []
     notes: list[str] = []

@@ -130,11 +130,8 @@ def gguf_architecture(name: str) -> GgufArchitecture:
     """
     row = GGUF_ARCHITECTURES.get(name)
     if row is None:
-        honouring = ", ".join(
-            sorted(entry.name for entry in GGUF_ARCHITECTURES.values() if entry.honours_factors)
-        )
+        honouring = ", ".join(sorted(entry.name for entry in GGUF_ARCHITECTURES.values() if entry.honours_factors))
         raise UnsupportedModelError(
-            f"the GGUF architecture {name[:80]!r} is not known here; llama.cpp applies factors "
-            f"for: {honouring}"
+            f"the GGUF architecture {name[:80]!r} is not known here; llama.cpp applies factors for: {honouring}"
         )
     return row

@@ -15,15 +15,13 @@ _PHI_CACHE = "yes: per forward; generate() drops its cache at the switch"
 _STALE_CACHE = "yes: per forward; keys cached before the switch stay short"
 
 _FROM_FOLDER = {
-    "vLLM": "yes: long set for the whole server if max_model_len exceeds the original window; "
-    "ignores attention_factor",
+    "vLLM": "yes: long set for the whole server if max_model_len exceeds the original window; ignores attention_factor",
     "mlx-lm": "long set at every length; ignores attention_factor",
     "ExLlama": "by the allocated length; ignores attention_factor",
 }
 _FROM_GGUF = {
     "transformers": "no: its GGUF import drops factors; use the reference loader or a model folder",
-    "vLLM": "no: its GGUF loader drops factors; pass rope_parameters with --hf-overrides or use a "
-    "model folder",
+    "vLLM": "no: its GGUF loader drops factors; pass rope_parameters with --hf-overrides or use a model folder",
     "mlx-lm": "does not read GGUF; use a model folder",
     "ExLlama": "does not read GGUF; use a model folder",
 }
@@ -64,6 +62,5 @@ def _ollama(gguf: GgufArchitecture | None) -> str:
     if gguf is None or not gguf.honours_factors:
         return _llama_cpp(gguf)
     return (
-        "yes, by num_ctx (2026-05-29 or newer); an attention factor other than 1 is applied "
-        "again at each context shift"
+        "yes, by num_ctx (2026-05-29 or newer); an attention factor other than 1 is applied again at each context shift"
     )

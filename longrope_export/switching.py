@@ -81,9 +81,12 @@ class RotarySets:
 
     def rows(self, indices: Sequence[int] | Tensor) -> RotarySet:
         """The sets `indices` ([B] or [B, S]) as one: a plain one when they are all the same."""
-        used = indices.unique().tolist() if isinstance(indices, Tensor) else list(set(indices))
-        if len(used) == 1:
-            return self._sets[used[0]]
+        if isinstance(indices, Tensor):
+            lowest, highest = int(indices.min()), int(indices.max())
+        else:
+            lowest, highest = min(indices), max(indices)
+        if lowest == highest:
+            return self._sets[lowest]
         index = indices.cpu() if isinstance(indices, Tensor) else torch.tensor(indices)
         start: int | Tensor = self._start_tokens[index] if bool(self._start_tokens.any()) else 0
         return RotarySet(self._frequencies[index], self._attention_factors[index], start)

@@ -10,12 +10,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
-from longrope_export.errors import LongRopeError, ScalingError
-from longrope_export.rope.formulas import longrope_attention_factor, yarn_attention_factor
-from longrope_export.rope.methods import METHODS
 from longrope_export.search.space import START_TOKENS, RopeNumbers
 from longrope_export.search.strategies.evolution import EvolutionOptions
 from longrope_export.search.strategies.gradient import GradientOptions
+
+from longrope_export.errors import LongRopeError, ScalingError
+from longrope_export.rope.formulas import longrope_attention_factor, yarn_attention_factor
+from longrope_export.rope.methods import METHODS
 
 StrategyName = Literal["gradient", "evolution"]
 Runtime = Literal["auto", "hf", "gguf"]
@@ -43,7 +44,9 @@ def parse_budget(text: str | None) -> Budget:
         return Budget()
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip().lower())
     if not match or float(match[1]) <= 0.0:
-        raise LongRopeError(f"the budget {text!r} is not known; write a time (90s, 45m, 1.5h) or a number of evaluations")
+        raise LongRopeError(
+            f"the budget {text!r} is not known; write a time (90s, 45m, 1.5h) or a number of evaluations"
+        )
     amount = float(match[1])
     if match[2]:
         return Budget(seconds=amount * {"s": 1.0, "m": 60.0, "h": 3600.0}[match[2]])
@@ -113,7 +116,9 @@ class SearchConfig:
         learn = (runtime == "hf") if self.learn_attention is None else self.learn_attention
         starts = self.start_tokens
         if starts is None:
-            starts = (0,) if runtime == "gguf" else START_TOKENS if self.strategy == "evolution" else (0, *FEW_START_TOKENS)
+            starts = (
+                (0,) if runtime == "gguf" else START_TOKENS if self.strategy == "evolution" else (0, *FEW_START_TOKENS)
+            )
         starts = tuple(dict.fromkeys((0, *(value for value in starts if value < numbers.target))))
         resolved = replace(self, runtime=runtime, attention=attention, learn_attention=learn, start_tokens=starts)
         if runtime == "gguf":
@@ -134,7 +139,9 @@ class SearchConfig:
         except ValueError:
             value = math.nan
         if not (math.isfinite(value) and value > 0.0):
-            raise ScalingError(f"the attention factor {self.attention!r} is not known; write method, su, yarn or a number")
+            raise ScalingError(
+                f"the attention factor {self.attention!r} is not known; write method, su, yarn or a number"
+            )
         return value
 
     def to_header(self) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
+from longrope_export.search.protocol import SEARCH, SHORT_SEARCH, SHORT_VALIDATION, VALIDATION
 
 from longrope_export.errors import TextTooShortError
-from longrope_export.search.protocol import SEARCH, SHORT_SEARCH, SHORT_VALIDATION, VALIDATION
 
 Row = npt.NDArray[np.int64]
 Parts = dict[str, tuple[Row, ...]]
@@ -34,7 +34,9 @@ def split_rows(
         )
     for index, row in enumerate(arrays):
         if len(row) < target:
-            raise TextTooShortError(f"document {index + 1} has {len(row):,} tokens; {target:,} are needed: give longer texts")
+            raise TextTooShortError(
+                f"document {index + 1} has {len(row):,} tokens; {target:,} are needed: give longer texts"
+            )
     search, held = tuple(arrays[:documents]), tuple(arrays[documents:])
     return {
         SEARCH: search,

@@ -49,9 +49,7 @@ class Evaluator:
                 self._observer(trial, self._known[trial], False)
         return [self._known[trial] for trial in trials]
 
-    def mean_losses(
-        self, candidates: Sequence[Candidate], part: str, documents: int | None = None
-    ) -> list[float]:
+    def mean_losses(self, candidates: Sequence[Candidate], part: str, documents: int | None = None) -> list[float]:
         """Mean loss of each candidate over the first `documents` documents (all of them when None) of a part."""
         count = self.documents[part] if documents is None else documents
         outcomes = self.evaluate([Trial(each, part, index) for each in candidates for index in range(count)])

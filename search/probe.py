@@ -47,5 +47,3 @@ def _extrapolated(measure: Callable[[int], float], target: int) -> float:
     quadratic = max(0.0, (at_quarter - 2.0 * at_eighth) / (quarter**2 - 2.0 * eighth**2))
     linear = max(0.0, (at_quarter - quadratic * quarter**2) / quarter)
     return linear * target + quadratic * target**2
-
-

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-
 from longrope_export.search.config import SearchConfig
 from longrope_export.search.evaluator import Evaluator
 from longrope_export.search.plan import Plan
@@ -49,9 +48,7 @@ def search_short(
     return ShortResult(candidates[found] if better else original, before, after)
 
 
-def _descent(
-    evaluator: Evaluator, numbers: RopeNumbers, config: SearchConfig, plan: Plan, seed: int
-) -> Strategy:
+def _descent(evaluator: Evaluator, numbers: RopeNumbers, config: SearchConfig, plan: Plan, seed: int) -> Strategy:
     documents = evaluator.documents
     return GradientDescent(
         numbers.unchanged(),
@@ -66,9 +63,7 @@ def _descent(
     )
 
 
-def _evolution(
-    evaluator: Evaluator, numbers: RopeNumbers, config: SearchConfig, plan: Plan, seed: int
-) -> Strategy:
+def _evolution(evaluator: Evaluator, numbers: RopeNumbers, config: SearchConfig, plan: Plan, seed: int) -> Strategy:
     sizes = config.evolution
     quarter = EvolutionOptions(
         population=max(1, sizes.population // 4),
@@ -79,7 +74,12 @@ def _evolution(
         mutation_probability=sizes.mutation_probability,
     )
     return Evolution(
-        PaperSpace(numbers.pairs, _SHORT_BOUND, config.step, tuple(n for n in config.start_tokens or (0,) if n < numbers.window)),
+        PaperSpace(
+            numbers.pairs,
+            _SHORT_BOUND,
+            config.step,
+            tuple(n for n in config.start_tokens or (0,) if n < numbers.window),
+        ),
         [numbers.unchanged()],
         quarter,
         documents=evaluator.documents[SHORT_SEARCH],

@@ -63,9 +63,7 @@ def tiny_tokenizer() -> Any:
     vocabulary = {token: index for index, token in enumerate(["<unk>", "<s>", "</s>", *characters[:94]])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 @pytest.fixture(scope="session")
@@ -85,7 +83,7 @@ def random_llama() -> Any:
 
 @pytest.fixture(scope="session")
 def write_random_gguf(random_llama: Any) -> Callable[..., Path]:
-    """A function `write(path, *, kind="F32", eos=301)` that writes `random_llama` with gguf's own writer, without scaling."""
+    """`write(path, *, kind="F32", eos=301)`: `random_llama` by gguf's own writer, without scaling."""
     import gguf
     import numpy as np
 
@@ -129,6 +127,7 @@ def write_random_gguf(random_llama: Any) -> Callable[..., Path]:
         writer.add_token_merges(["a b"])
         writer.add_bos_token_id(300)
         writer.add_eos_token_id(eos)
+        writer.add_add_bos_token(True)
         for name, weight in tensors.items():
             values = np.ascontiguousarray(weight.detach().numpy())
             quantised = gguf.GGMLQuantizationType[kind if values.ndim > 1 else "F32"]

@@ -84,9 +84,7 @@ def _scaling(model: ModelDescription) -> list[tuple[str, str]]:
         return [("scaling", "none" if model.rope_type == "default" else model.rope_type)]
     shown = {key: value for key, value in model.rope_parameters.items() if isinstance(value, (int, float))}
     text = ", ".join(
-        f"{key} {value:,.10g}"
-        for key, value in shown.items()
-        if key not in ("rope_theta", "partial_rotary_factor")
+        f"{key} {value:,.10g}" for key, value in shown.items() if key not in ("rope_theta", "partial_rotary_factor")
     )
     return [
         ("scaling", f"{model.rope_type}{': ' + text if text else ''}"),

@@ -34,9 +34,7 @@ def _lengths(ctx: click.Context, param: click.Parameter, value: str | None) -> t
 
 @click.command(name="eval", short_help="Measure perplexity and passkey retrieval at several lengths.")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option(
-    "--tasks", default="perplexity,passkey", show_default=True, callback=_tasks, help="What to measure."
-)
+@click.option("--tasks", default="perplexity,passkey", show_default=True, callback=_tasks, help="What to measure.")
 @click.option(
     "--data",
     multiple=True,
@@ -53,29 +51,17 @@ def _lengths(ctx: click.Context, param: click.Parameter, value: str | None) -> t
     callback=_lengths,
     help="Lengths such as 256,2k,4x [default: the window, and the longer one].",
 )
-@click.option(
-    "--scaling", type=click.Path(path_type=Path), help="A longrope.json, or any file with a record."
-)
+@click.option("--scaling", type=click.Path(path_type=Path), help="A longrope.json, or any file with a record.")
 @click.option(
     "--switch",
     type=click.Choice(["sequence", "context", "short", "long"]),
     help="Which set of factors applies [default: sequence, by each row's length].",
 )
-@click.option(
-    "--context", type=click.IntRange(min=1), help="With --switch context: the context that decides."
-)
-@click.option(
-    "--methods", callback=_names, help="Compare on one loaded model: unchanged,pi,ntk,yarn,longrope.json …"
-)
-@click.option(
-    "--to", "target", type=LENGTH, help="Window that --methods are set for [default: the longest length]."
-)
-@click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Weights [default: the file's]."
-)
-@click.option(
-    "--trials", type=click.IntRange(min=1), default=10, show_default=True, help="Passkeys per length."
-)
+@click.option("--context", type=click.IntRange(min=1), help="With --switch context: the context that decides.")
+@click.option("--methods", callback=_names, help="Compare on one loaded model: unchanged,pi,ntk,yarn,longrope.json …")
+@click.option("--to", "target", type=LENGTH, help="Window that --methods are set for [default: the longest length].")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Weights [default: the file's].")
+@click.option("--trials", type=click.IntRange(min=1), default=10, show_default=True, help="Passkeys per length.")
 @click.option(
     "--passkey-mode",
     type=click.Choice(["forced", "generate", "both"]),
@@ -120,18 +106,15 @@ def _resolve(options: dict[str, Any], description: ModelDescription) -> Evaluate
         )
     if options["target"] and not options["methods"]:
         raise click.UsageError("--to sets --methods; give --methods too")
+    if options["methods"] and not (options["target"] or options["lengths"]):
+        raise click.UsageError("--methods needs the window to set them for: give --to or --lengths")
     if (options["context"] is None) != (options["switch"] != "context"):
         raise click.UsageError("--context and --switch context belong together")
     target = options.pop("target")
     longer = resolve_length(target, window) if target else None
     lengths = sorted({resolve_length(text, window) for text in options.pop("lengths")})
     switch = options.pop("switch") or "sequence"
-    return EvaluateOptions(
-        **options,
-        switch=switch,
-        target=longer,
-        lengths=tuple(lengths) or tuple(sorted({window, longer or description.window})),
-    )
+    return EvaluateOptions(**options, switch=switch, target=longer, lengths=tuple(lengths))
 
 
 def _print(result: EvaluationResult) -> None:
@@ -145,6 +128,6 @@ def _print(result: EvaluationResult) -> None:
     if result.perplexity is not None:
         for table in render_perplexity(result.perplexity):
             console.print(table)
-    for name, passkey in result.passkey.items():
-        console.print(render_passkey(passkey, name))
+    if result.passkey:
+        console.print(render_passkey(result.passkey))
     console.print(f"measured in {result.seconds:.1f} s")

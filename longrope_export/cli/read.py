@@ -44,7 +44,6 @@ def _rows(record: RopeScaling) -> list[tuple[str, str]]:
     ]  # fmt: skip
     rows += [(f"set up to {length:,}", span(factors)) for length, factors in record.sets.items()]
     rows += [
-        ("from", f"{name}: {json.dumps(value, ensure_ascii=False)}"[:300])
-        for name, value in record.provenance.items()
+        ("from", f"{name}: {json.dumps(value, ensure_ascii=False)}"[:300]) for name, value in record.provenance.items()
     ]
     return rows

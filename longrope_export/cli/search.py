@@ -34,44 +34,86 @@ def _names(ctx: click.Context, param: click.Parameter, text: str | None) -> tupl
 @click.command(short_help="Search the rescale factors for a longer window.")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--to", "target", required=True, type=LENGTH, help="New window: 32k, 16384, or 4x the present one.")
-@click.option("--data", required=True, multiple=True, type=click.Path(path_type=Path),
-              help="Texts to search on: files or folders; repeatable.")
-@click.option("--out", required=True, type=click.Path(path_type=Path),
-              help="Folder for longrope.json and the journal; the same folder continues a stopped search.")
-@click.option("--strategy", type=click.Choice(["gradient", "evolution"]),
-              help="Descent on log λ, or LongRoPE's Algorithm 1.  [default: gradient]")
+@click.option(
+    "--data",
+    required=True,
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Texts to search on: files or folders; repeatable.",
+)
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder for longrope.json and the journal; the same folder continues a stopped search.",
+)
+@click.option(
+    "--strategy",
+    type=click.Choice(["gradient", "evolution"]),
+    help="Descent on log λ, or LongRoPE's Algorithm 1.  [default: gradient]",
+)
 @click.option("--budget", help="Time (90s, 45m, 1.5h) or number of evaluations.  [default: from a probe]")
 @click.option("--documents", type=int, help="Documents to search on.  [default: 4]")
 @click.option("--validation-documents", type=int, help="Documents that only choose.  [default: 2]")
 @click.option("--seed", type=int, help="Seed of everything random.  [default: 0]")
-@click.option("--for", "runtime", type=click.Choice(["auto", "hf", "gguf"]),
-              help="Search only what this target can hold.  [default: auto, by the model's kind]")
-@click.option("--attention", help="Attention factor to begin with: method, su, yarn or a number."
-              "  [default: each closed form's own; su for evolution; 1.0 for gguf]")
-@click.option("--short", type=click.Choice(["search", "original"]),
-              help="Factors inside the window: search them, or keep the original ones.  [default: search]")
+@click.option(
+    "--for",
+    "runtime",
+    type=click.Choice(["auto", "hf", "gguf"]),
+    help="Search only what this target can hold.  [default: auto, by the model's kind]",
+)
+@click.option(
+    "--attention",
+    help="Attention factor to begin with: method, su, yarn or a number."
+    "  [default: each closed form's own; su for evolution; 1.0 for gguf]",
+)
+@click.option(
+    "--short",
+    type=click.Choice(["search", "original"]),
+    help="Factors inside the window: search them, or keep the original ones.  [default: search]",
+)
 @click.option("--short-share", type=float, help="Share of the budget for the short set.  [default: 0.1]")
-@click.option("--short-margin", type=float,
-              help="The original short set stays unless perplexity falls by more than this share.  [default: 0.002]")
+@click.option(
+    "--short-margin",
+    type=float,
+    help="The original short set stays unless perplexity falls by more than this share.  [default: 0.002]",
+)
 @click.option("--start-tokens", callback=_numbers, metavar="N,N…", help="Values of n̂ to try; 0 tries none.")
-@click.option("--baselines", callback=_names, metavar="NAME,NAME…",
-              help="Closed forms to start from and to beat.  [default: yarn,ntk,pi,critical-dim]")
-@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-              help="Of the weights.  [default: auto: float32 up to 50 M parameters, else bfloat16]")
+@click.option(
+    "--baselines",
+    callback=_names,
+    metavar="NAME,NAME…",
+    help="Closed forms to start from and to beat.  [default: yarn,ntk,pi,critical-dim]",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    help="Of the weights.  [default: auto: float32 up to 50 M parameters, else bfloat16]",
+)
 @click.option("--threads", type=int, help="CPU threads.  [default: torch's]")
 @click.option("--init", type=click.Path(path_type=Path), help="gradient: start from this longrope.json.")
-@click.option("--learn-attention/--no-learn-attention", default=None,
-              help="gradient: descend on the attention factor too.  [default: yes, no for gguf]")
-@click.option("--constraint", type=click.Choice(["none", "monotone", "paper"]),
-              help="gradient: keep λ non-decreasing, or also within the paper's bounds.  [default: none]")
+@click.option(
+    "--learn-attention/--no-learn-attention",
+    default=None,
+    help="gradient: descend on the attention factor too.  [default: yes, no for gguf]",
+)
+@click.option(
+    "--constraint",
+    type=click.Choice(["none", "monotone", "paper"]),
+    help="gradient: keep λ non-decreasing, or also within the paper's bounds.  [default: none]",
+)
 @click.option("--learning-rate", type=float, help="gradient: largest step of log λ.  [default: 0.08]")
-@click.option("--attention-rate", type=float, help="gradient: the same for the attention factor, as a share.  [default: 0.25]")
+@click.option(
+    "--attention-rate", type=float, help="gradient: the same for the attention factor, as a share.  [default: 0.25]"
+)
 @click.option("--warm-up", type=float, help="gradient: share of the steps with a rising rate.  [default: 0.1]")
 @click.option("--trust-region", type=float, help="gradient: no log λ moves further in a step.  [default: 0.15]")
 @click.option("--average", type=float, help="gradient: share of the last steps that is averaged.  [default: 0.3]")
 @click.option("--patience", type=int, help="gradient: checkpoints without a better one before it stops.  [default: 3]")
 @click.option("--documents-per-step", type=int, help="gradient: documents a step.  [default: grows with the budget]")
-@click.option("--bound", type=float, help="Largest λ, as a multiple of s (evolution, constraint paper).  [default: 1.25]")
+@click.option(
+    "--bound", type=float, help="Largest λ, as a multiple of s (evolution, constraint paper).  [default: 1.25]"
+)
 @click.option("--step", type=float, help="evolution: grid of λ.  [default: 0.01]")
 @click.option("--population", type=int, help="evolution: P.  [default: 64]")
 @click.option("--iterations", type=int, help="evolution: T.  [default: 40]")

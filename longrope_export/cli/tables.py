@@ -7,9 +7,7 @@ from collections.abc import Iterable, Sequence
 
 def printable(text: object) -> str:
     """`text` with control characters, terminal escapes and lone surrogates made visible."""
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in str(text)
-    )
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in str(text))
 
 
 def print_table(rows: Iterable[tuple[object, object]], title: str | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ import click
 from longrope_export.cli.common import print_json
 
 if TYPE_CHECKING:
-    from longrope_export.converters.verify import VerificationReport
+    from longrope_export.converters.verify import RegimeResult, VerificationReport
 
 
 @click.command()
@@ -77,19 +78,22 @@ def print_report(report: VerificationReport) -> None:
     from rich.table import Table
 
     table = Table(title=f"{report.verdict.upper()}: {report.path}", title_justify="left")
-    for name in ("runtime", "set", "tokens allocated", "prefixes ≤ L / > L", "distance", "bound", "others", "verdict"):
+    for name in ("runtime", "set", "prefixes", "distance", "bound", "to other scalings", "verdict"):
         table.add_column(name)
     for entry in report.regimes:
         found = entry.judgement
-        others = "\n".join(f"{other.name} {other.distance:.2g}" for other in found.hypotheses)
-        table.add_row(
-            entry.runtime, entry.regime, str(entry.context or "–"), f"{entry.below} / {entry.above}",
-            f"{found.distance:.2g}", f"{found.bound:g}", others or "none", found.verdict,
-        )  # fmt: skip
+        others = "\n".join(f"{other.name}: {other.distance:.2g}" for other in found.hypotheses) or "none differs"
+        prefixes = f"{entry.below} ≤ L, {entry.above} > L"
+        numbers = (f"{found.distance:.2g}", f"{found.bound:g}")
+        table.add_row(_runtime(entry), entry.regime, prefixes, *numbers, others, found.verdict)
     console = Console()
     console.print(table)
     for line in _remarks(report):
         console.print(line, highlight=False)
+
+
+def _runtime(entry: RegimeResult) -> str:
+    return f"{entry.runtime} -c {entry.context}" if entry.context else entry.runtime
 
 
 def _remarks(report: VerificationReport) -> list[str]:
@@ -114,6 +118,7 @@ def _read_text(path: Path) -> str:
 
 
 def _quieten() -> None:
+    os.environ.setdefault("TQDM_DISABLE", "1")
     from transformers.utils import logging
 
     logging.set_verbosity_error()

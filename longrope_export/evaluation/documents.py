@@ -94,9 +94,7 @@ def load_tokenizer(model: str | os.PathLike[str]) -> Any:
 
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Token ids of `text` as plain text: nothing is added, and `<s>` in the text is three characters, no control."""
-    return list(
-        tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-    )
+    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"])
 
 
 def bos_ids(tokenizer: Any) -> list[int]:

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from longrope_export.errors import UnsupportedModelError
 
-# Rows of logits are turned into losses in blocks of about this many float32 values, which stay in the processor's cache:
-# at 49,152 tokens of vocabulary that is five times as fast as on whole chunks.
+# Logits become losses in blocks of about this many float32 values, which stay in the processor's cache: at a vocabulary
+# of 49,152 that is five times as fast as on whole chunks.
 _BLOCK_VALUES = 1 << 18
 
 # What families do to lm_head's output, by the attribute of their config (transformers' modeling_{granite,cohere,
@@ -26,9 +26,7 @@ LOGIT_RULES: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 
 
-def token_losses(
-    model: nn.Module, input_ids: Tensor, *, chunk: int = 512, positions: Tensor | None = None
-) -> Tensor:
+def token_losses(model: nn.Module, input_ids: Tensor, *, chunk: int = 512, positions: Tensor | None = None) -> Tensor:
     """Cross entropy in nats of tokens 2…T of one row, float32 [T-1], from one forward pass of the model's body.
 
     `input_ids` is int64 [1, T]; `positions` [1, T] replaces 0…T-1 as position ids. lm_head runs on `chunk` positions
@@ -37,10 +35,7 @@ def token_losses(
     """
     hidden = body_states(model, input_ids, positions)[0, :-1]
     targets = input_ids[0, 1:].to(hidden.device)
-    losses = [
-        _chunk_losses(model, states, wanted)
-        for states, wanted in zip(hidden.split(chunk), targets.split(chunk))
-    ]
+    losses = [_chunk_losses(model, states, wanted) for states, wanted in zip(torch.split(hidden, chunk), torch.split(targets, chunk))]
     return torch.cat(losses)
 
 
@@ -67,7 +62,7 @@ def head_logits(model: nn.Module, states: Tensor) -> Tensor:
     for name, rule in LOGIT_RULES.items():
         value = getattr(model.config, name, None)
         if value is not None:
-            logits = rule(logits, float(value))  # type: ignore[arg-type]
+            logits = rule(logits, float(value))
     return logits
 
 
@@ -93,7 +88,7 @@ def check_head(model: nn.Module) -> None:
 
 def _chunk_losses(model: nn.Module, states: Tensor, targets: Tensor) -> Tensor:
     if torch.is_grad_enabled() and states.requires_grad:
-        recomputed: Tensor = checkpoint(_losses, model, states, targets, use_reentrant=False)  # type: ignore[no-untyped-call]
+        recomputed: Tensor = checkpoint(_losses, model, states, targets, use_reentrant=False)
         return recomputed
     return _losses(model, states, targets)
 
@@ -102,7 +97,7 @@ def _losses(model: nn.Module, states: Tensor, targets: Tensor) -> Tensor:
     logits = head_logits(model, states)
     rows = max(1, _BLOCK_VALUES // logits.shape[-1])
     cross_entropy = _differentiable_cross_entropy if logits.requires_grad else _cross_entropy
-    return torch.cat([cross_entropy(*block) for block in zip(logits.split(rows), targets.split(rows))])
+    return torch.cat([cross_entropy(*block) for block in zip(torch.split(logits, rows), torch.split(targets, rows))])
 
 
 def _differentiable_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ Mode = Literal["forced", "generate", "both"]
 
 @dataclass(frozen=True)
 class PasskeyPrompt:
-    """One prompt: `prompt_ids` and `answer_ids` together have `length` tokens; `depth` is the key's place in the filler."""
+    """One prompt; `prompt_ids` and `answer_ids` together have `length` tokens, `depth` is the key's place."""
 
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]

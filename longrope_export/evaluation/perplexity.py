@@ -6,6 +6,7 @@ number of tokens over all documents: a mean of per-document means would weigh sh
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -171,7 +172,8 @@ def _check_rows(model: Any, ids: Sequence[Tensor], names: Sequence[str], longest
             raise TextTooShortError(f"{name} has {row.shape[0]:,} tokens; {longest:,} are needed")
         if int(row.max()) >= vocabulary or int(row.min()) < 0:
             raise UnsupportedModelError(
-                f"the tokenizer gives the id {int(row.max())} and the model knows {vocabulary} tokens: they do not belong together"
+                f"the tokenizer gives the id {int(row.max())} and the model knows {vocabulary} tokens: "
+                "they do not belong together"
             )
 
 
@@ -182,7 +184,7 @@ def _at_length(losses: npt.NDArray[np.float32], length: int) -> LengthResult:
 
 
 def _spans(losses: npt.NDArray[np.float32], edges: Sequence[int]) -> Iterator[SpanResult]:
-    for start, end in zip(edges, edges[1:]):
+    for start, end in itertools.pairwise(edges):
         part = losses[:, max(start, 1) - 1 : end - 1].astype(np.float64)
         if part.size:
             yield SpanResult(start, end, _exp(float(part.mean())), part.size)

@@ -6,7 +6,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,10 @@ Reporter = Callable[[str], AbstractContextManager[Progress | None]]
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
-    """What `longrope eval` was asked for; lengths are tokens, `methods` are names, record files or "unchanged"."""
+    """What `longrope eval` was asked for; `methods` are names, record files or "unchanged".
+
+    `lengths` are tokens; none means the window L and the longer window of the record or of `target`.
+    """
 
     model: Path
     tasks: tuple[str, ...]
@@ -100,6 +103,7 @@ def run_evaluation(
     """
     started = time.perf_counter()
     scaling, scalings = _records(options, description)
+    options = replace(options, lengths=_lengths(options, description, scaling))
     rows, tokenizer = _data(options)
     model = _load(options, scaling)
     perplexity, comparison = _perplexity(options, model, rows, scalings, description, report)
@@ -124,7 +128,7 @@ def _records(
     scaling = description.scaling if options.scaling is None else read_scaling(options.scaling)
     if scaling is None and options.switch != "sequence":
         raise ScalingError(f"--switch {options.switch} chooses a record's set, and there is none; give --scaling")
-    target = options.target or max(options.lengths)
+    target = options.target or max(options.lengths, default=description.window)
     scalings = dict(_method_record(name, description, target) for name in options.methods)
     if len(scalings) != len(options.methods):
         raise ScalingError("--methods names one row twice; give each method or file once")
@@ -132,6 +136,13 @@ def _records(
         if record is not None:
             _check_record(record, description)
     return scaling, scalings
+
+
+def _lengths(options: EvaluateOptions, description: ModelDescription, scaling: RopeScaling | None) -> tuple[int, ...]:
+    if options.lengths:
+        return options.lengths
+    longer = options.target or (description.window if scaling is None else scaling.max_position_embeddings)
+    return tuple(sorted({description.original_window, longer}))
 
 
 def _method_record(name: str, description: ModelDescription, target: int) -> tuple[str, RopeScaling | None]:
@@ -195,7 +206,9 @@ def _load(options: EvaluateOptions, scaling: RopeScaling | None) -> Any:
 
     from longrope_export.loader import load
 
+    # Its bars and its reminder that the prompt is longer than the window would stand between our lines.
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     if options.threads:
         torch.set_num_threads(options.threads)
     keywords: dict[str, Any] = {} if options.dtype is None else {"dtype": getattr(torch, options.dtype)}

@@ -103,9 +103,7 @@ def compare_methods(
             with fixed_set(model, scaling, "long"):
                 pass
     started = time.perf_counter()
-    compared = [
-        _compare(model, rows, measured, base, name, scaling, counter) for name, scaling in scalings.items()
-    ]
+    compared = [_compare(model, rows, measured, base, name, scaling, counter) for name, scaling in scalings.items()]
     return ComparisonTable(
         rows=tuple(compared),
         lengths=tuple(sorted(set(lengths))),
@@ -148,9 +146,7 @@ class _Counter:
         if self.progress is None:
             return None
         report = self.progress
-        return lambda done, everything: report(
-            before + done * self.tokens // everything, self.rows * self.tokens
-        )
+        return lambda done, everything: report(before + done * self.tokens // everything, self.rows * self.tokens)
 
 
 def render_comparison(table: ComparisonTable) -> Table:
@@ -184,9 +180,7 @@ def render_perplexity(result: PerplexityResult) -> list[Table]:
     for name in ("tokens", "perplexity", "nats a token", "measured tokens"):
         lengths.add_column(name, justify="right")
     for entry in result.lengths:
-        lengths.add_row(
-            f"{entry.length:,}", perplexity_text(entry.perplexity), f"{entry.nll:.4f}", f"{entry.tokens:,}"
-        )
+        lengths.add_row(f"{entry.length:,}", perplexity_text(entry.perplexity), f"{entry.nll:.4f}", f"{entry.tokens:,}")
     spans = Table(title=f"Within the {result.lengths[-1].length:,} tokens")
     for name in ("span", "perplexity"):
         spans.add_column(name, justify="right")
@@ -195,19 +189,21 @@ def render_perplexity(result: PerplexityResult) -> list[Table]:
     return [lengths, spans]
 
 
-def render_passkey(result: PasskeyResult, name: str = "") -> Table:
-    """Passkey accuracy by length as a rich table; `name` says which factors."""
+def render_passkey(results: Mapping[str, PasskeyResult]) -> Table:
+    """Passkey accuracy as a rich table: a row per set of factors and length, teacher-forced and generated."""
     from rich.table import Table
+    from rich.text import Text
 
-    drawn = Table(title=f"Passkey retrieval {name}".strip())
+    drawn = Table(title="Passkey retrieval")
+    drawn.add_column("factors")
     for name in ("tokens", "trials", "teacher-forced", "generated"):
         drawn.add_column(name, justify="right")
-    for length in result.lengths:
-        trials = sum(trial.length == length for trial in result.trials)
-        shares = [result.accuracy(length, "forced"), result.accuracy(length, "generate")]
-        drawn.add_row(
-            f"{length:,}", str(trials), *["–" if share is None else f"{share:.1%}" for share in shares]
-        )
+    for factors, result in results.items():
+        for length in result.lengths:
+            trials = sum(trial.length == length for trial in result.trials)
+            shares = [result.accuracy(length, "forced"), result.accuracy(length, "generate")]
+            cells = ["–" if share is None else f"{share:.1%}" for share in shares]
+            drawn.add_row(Text(factors), f"{length:,}", str(trials), *cells)
     return drawn
 
 

@@ -57,6 +57,9 @@ def _describe(header: GgufHeader) -> ModelDescription:
     theta = keys.real("rope.freq_base", 10000.0)
     parameters, warnings = _rope_parameters(keys, theta, window)
     scaling = scaling_from_gguf(header)
+    if scaling is not None:
+        parameters["original_max_position_embeddings"] = scaling.original_max_position_embeddings
+        parameters["attention_factor"] = scaling.long_attention_factor
     factors, attention = _existing(header, keys, scaling, parameters, rotary, window)
     layer_types, sliding = _layer_types(keys, layers)
     tensors = [info for info in header.tensors if not info.name.startswith("rope_")]
@@ -135,6 +138,14 @@ class _Keys:
             )
         return value
 
+    def scaling_type(self) -> str | None:
+        entry = self.header.metadata.get(f"{self.architecture}.rope.scaling.type")
+        if entry is not None and entry.value not in SCALING_TYPES:
+            raise UnsupportedModelError(
+                f"rope.scaling.type is {str(entry.value)[:40]!r}; llama.cpp knows {', '.join(SCALING_TYPES)} and aborts"
+            )
+        return None if entry is None else str(entry.value)
+
     def real(self, name: str, default: float) -> float:
         key = f"{self.architecture}.{name}"
         entry = self.header.metadata.get(key)
@@ -148,15 +159,9 @@ class _Keys:
 
 
 def _rope_parameters(keys: _Keys, theta: float, window: int) -> tuple[dict[str, Any], list[str]]:
-    """The file's scaling under transformers' names, as llama.cpp applies it (llama-model.cpp,
-    load_hparams).
-    """
-    kind = keys.value("rope.scaling.type")
+    """The file's scaling under transformers' names, as llama.cpp applies it (llama-model.cpp, load_hparams)."""
+    kind = keys.scaling_type()
     factor = keys.real("rope.scaling.factor", keys.real("rope.scale_linear", 1.0))
-    if kind is not None and kind not in SCALING_TYPES:
-        raise UnsupportedModelError(
-            f"rope.scaling.type is {str(kind)[:40]!r}; llama.cpp knows {', '.join(SCALING_TYPES)} and aborts"
-        )
     static = keys.header.tensor(STATIC_TENSOR) is not None
     if kind == "yarn":
         original = keys.count("rope.scaling.original_context_length", window)
@@ -167,13 +172,11 @@ def _rope_parameters(keys: _Keys, theta: float, window: int) -> tuple[dict[str, 
             "attention_factor": attention,
         }
         return {"rope_type": "yarn", "rope_theta": theta, **named}, []
+    if kind == "longrope" and factor == 1.0:
+        return {"rope_type": "longrope", "rope_theta": theta}, []
     if kind == "longrope":
-        warnings = (
-            ["rope.scaling.factor stands beside longrope: llama.cpp interpolates on top of the factors"]
-            if factor != 1.0
-            else []
-        )
-        return {"rope_type": "longrope", "rope_theta": theta, "factor": factor}, warnings
+        warning = "rope.scaling.factor stands beside longrope: llama.cpp interpolates on top of the factors"
+        return {"rope_type": "longrope", "rope_theta": theta, "linear_factor": factor}, [warning]
     if static:
         return {"rope_type": "rope_freqs", "rope_theta": theta, "factor": factor}, []
     if factor != 1.0:
@@ -190,7 +193,7 @@ def _existing(
     window: int,
 ) -> tuple[tuple[float, ...] | None, float]:
     attention = keys.real("rope.scaling.attn_factor", 1.0)
-    linear = 1.0 if parameters["rope_type"] == "yarn" else float(parameters.get("factor", 1.0))
+    linear = float(parameters.get("linear_factor", parameters.get("factor", 1.0)))
     static = read_factors(header, STATIC_TENSOR)
     if static is not None and 2 * len(static) != rotary:
         raise InputFileError(f"{header.path}: {STATIC_TENSOR} has {len(static)} values, {rotary // 2} are needed")
@@ -229,7 +232,7 @@ def _vocab(keys: _Keys) -> int:
 
 def _warnings(header: GgufHeader, keys: _Keys, gguf: GgufArchitecture, scaling: RopeScaling | None) -> list[str]:
     found = []
-    kind = keys.value("rope.scaling.type")
+    kind = keys.scaling_type()
     names = {info.name for info in header.tensors}
     factor_names = sorted(names & {"rope_factors_long.weight", "rope_factors_short.weight"})
     if kind == "longrope" and not factor_names:

@@ -29,7 +29,7 @@ class HfRope:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; duplicate keys, NaN and infinities are refused.
+    """The JSON object in `path`; duplicate keys, NaN, infinities and lone surrogates are refused.
 
     Raises `InputFileError` when the file is missing, over 16 MB, or not such an object.
     """
@@ -43,12 +43,17 @@ def read_json(path: Path) -> dict[str, Any]:
     def refuse(constant: str) -> Any:
         raise ValueError(f"it holds {constant}")
 
+    def finite(text: str) -> float:
+        return float(text) if math.isfinite(float(text)) else refuse(text[:40])
+
     if not path.is_file():
         raise InputFileError(f"{path} does not exist or is not a file")
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise InputFileError(f"{path} has over {MAX_CONFIG_BYTES:,} bytes; it is not a model's configuration")
-        values = json.loads(path.read_bytes().decode(), object_pairs_hook=unique, parse_constant=refuse)
+        text = path.read_bytes().decode()
+        values = json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
+        json.dumps(values, ensure_ascii=False).encode()  # a lone surrogate could be read, but never printed
     except OSError as error:
         raise InputFileError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:

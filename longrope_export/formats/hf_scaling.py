@@ -149,10 +149,9 @@ def _numbers(parameters: Mapping[str, Any], name: str) -> tuple[float, ...]:
 
 
 def _attention_factor(parameters: Mapping[str, Any], original: int, window: int) -> float:
-    explicit = parameters.get("attention_factor")
-    if explicit is not None:
-        return _number(parameters, "attention_factor")
     factor = window / original if parameters.get("factor") is None else _number(parameters, "factor")
+    if parameters.get("attention_factor") is not None:
+        return _number(parameters, "attention_factor")
     return longrope_attention_factor(factor, original)
 
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from longrope_export.errors import InputFileError, ScalingError
+from longrope_export.errors import InputFileError, LongRopeError, ScalingError
 from longrope_export.formats.gguf_header import MAGIC, read_gguf_header
 from longrope_export.formats.gguf_scaling import scaling_from_gguf
 from longrope_export.formats.hf_config import read_json
@@ -18,7 +18,6 @@ from longrope_export.scaling import RopeScaling
 RECORD_FILE = "longrope.json"
 CONFIG_FILE = "config.json"
 SAFETENSORS_KEY = "longrope_export.scaling"
-MAX_RECORD_BYTES = 1 << 26
 
 
 def read_scaling(path: str | os.PathLike[str]) -> RopeScaling:
@@ -45,8 +44,12 @@ def read_file(path: Path) -> RopeScaling | None:
         )
     try:
         return _read_by_kind(path)
-    except ScalingError as error:
-        raise InputFileError(f"{path}: {error}") from None
+    except OSError as error:
+        raise InputFileError(f"{path} cannot be read: {error.strerror or error}") from error
+    except LongRopeError as error:
+        kind = InputFileError if isinstance(error, ScalingError) else type(error)
+        message = str(error).removeprefix("config.json: ")
+        raise kind(message if str(path) in message else f"{path}: {message}") from None
 
 
 def _read_by_kind(path: Path) -> RopeScaling | None:
@@ -66,8 +69,6 @@ def scaling_from_metadata(metadata: Mapping[str, str]) -> RopeScaling | None:
 
 
 def _from_json(path: Path) -> RopeScaling | None:
-    if path.stat().st_size > MAX_RECORD_BYTES:
-        raise InputFileError(f"{path} is too large for a scaling record")
     values = read_json(path)
     return RopeScaling.from_dict(values) if "format" in values else scaling_from_config(values)
 

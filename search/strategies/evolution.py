@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-
-from longrope_export.errors import ScalingError
 from longrope_export.search.evaluator import mean_by_candidate
 from longrope_export.search.protocol import SEARCH, Outcome, Trial
 from longrope_export.search.space import Candidate, Individual, PaperSpace
+
+from longrope_export.errors import ScalingError
 
 # Draws of a child that was seen before, until the child is given up: only a nearly exhausted grid comes to this.
 _DRAWS = 100
@@ -36,7 +36,9 @@ class EvolutionOptions:
             if getattr(self, name) < least:
                 raise ScalingError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if not 0.0 < self.mutation_probability <= 1.0:
-            raise ScalingError(f"the mutation probability is {self.mutation_probability}; it must be above 0, at most 1")
+            raise ScalingError(
+                f"the mutation probability is {self.mutation_probability}; it must be above 0, at most 1"
+            )
 
     @property
     def evaluations(self) -> int:
@@ -128,7 +130,11 @@ class Evolution:
         first, second = self._generator.choice(len(parents), size=2, replace=False)
         child = self._space.cross(parents[int(first)], parents[int(second)], self._generator)
         # Two parents that are alike have no new child: it is moved on instead of being measured again.
-        return self._space.mutate(child, self._options.mutation_probability, self._generator) if child in self._seen else child
+        return (
+            self._space.mutate(child, self._options.mutation_probability, self._generator)
+            if child in self._seen
+            else child
+        )
 
     def _new(self, draw: Callable[[], Individual]) -> Individual | None:
         for _ in range(_DRAWS):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +252,12 @@ def test_longrope_of_a_gguf(file: File) -> None:
     assert model.scaling is not None
     assert model.scaling.long_factor == tuple(long.tolist())
     assert (model.existing_factors, model.original_window, model.window) == ((1.25,) * 8, 2048, 8192)
+    assert model.rope_parameters == {
+        "rope_type": "longrope",
+        "rope_theta": 500000.0,
+        "original_max_position_embeddings": 2048,
+        "attention_factor": 1.0,
+    }
     assert model.warnings == ()
 
 
@@ -267,7 +274,9 @@ def test_warnings_of_a_gguf_name_what_llama_cpp_does(file: File) -> None:
     phi = describe(file(KEYS, {"rope_factors_long.weight": ones}, "phi3"))
     assert "without rope.scaling.type" not in " ".join(phi.warnings)
     typed = {**KEYS, "rope.scaling.type": "longrope", "rope.scaling.factor": 4.0}
-    assert "interpolates on top" in describe(file(typed)).warnings[0]
+    twice = describe(file(typed, {"rope_factors_short.weight": ones * 2}))
+    assert "interpolates on top" in twice.warnings[0]
+    assert twice.existing_factors == (8.0,) * 8
     odd = {**KEYS, "rope.scaling.type": "longrope", "rope.scaling.original_context_length": 1000}
     both = {"rope_factors_long.weight": ones, "rope_factors_short.weight": ones}
     assert "no multiple of 256" in describe(file(odd, both)).warnings[0]
@@ -298,6 +307,14 @@ def test_honours_depends_on_the_kind_and_the_architecture(file: File, folder: Fo
     assert hf.honours["transformers"].startswith("yes")
     assert "drops its cache" in describe(folder(model_type="phi3", pad_token_id=0)).honours["transformers"]
     assert "ignores attention_factor" in hf.honours["vLLM"]
+
+
+def test_another_projects_keys_and_tensors_do_no_harm(file: File) -> None:
+    plain = describe(file())
+    junk = {"x.rope.scaling.type": "longrope", "llama.rope.scaling.type.extra": 3, "x.list": ["a", "ß"], "x.big": 0.5}
+    tensors = {"rope_notes": np.ones(3, np.float32), "x.rope_factors_long.weight": np.ones(5, np.float16)}
+    model = describe(file({**KEYS, **junk}, tensors, other__longrope="yes", quantize__imatrix__file="a.dat"))
+    assert replace(model, parameters=0, tensor_bytes={}) == replace(plain, parameters=0, tensor_bytes={})
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "bert", "mamba"])
@@ -355,6 +372,8 @@ HOSTILE = {
     "duplicate": ('{"model_type": "llama", "model_type": "llama"}', "duplicate key"),
     "NaN": ('{"rope_theta": NaN}', "holds NaN"),
     "infinity": ('{"rope_theta": -Infinity}', "holds -Infinity"),
+    "overflow": ('{"rope_theta": 1e999}', "holds 1e999"),
+    "surrogate": ('{"rope_theta": "\\ud800"}', "surrogates not allowed"),
     "deep": ("[" * 200_000, "not valid JSON"),
     "digits": ('{"vocab_size": ' + "9" * 5000 + "}", "not valid JSON"),
     "no type": ("{}", "'None' is not known"),
@@ -436,6 +455,29 @@ def test_no_value_of_any_config_key_raises_another_error(model_type: str, key: s
     except LongRopeError:
         return
     json.dumps(model.to_dict(), allow_nan=False)
+
+
+@given(flips=st.lists(st.tuples(st.integers(0, 1100), st.integers(0, 255)), min_size=1, max_size=4))
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_random_damage_of_a_gguf_raises_only_our_errors(flips: list[tuple[int, int]], file: File) -> None:
+    keys = {**KEYS, "rope.scaling.type": "longrope", "attention.sliding_window": 3, "attention.head_count": [2, 2]}
+    factors = {"rope_factors_long.weight": np.ones(8, np.float32), "rope_freqs.weight": np.ones(8, np.float32)}
+    path = file(keys, factors)
+    raw = bytearray(path.read_bytes())
+    for position, value in flips:
+        raw[position % len(raw)] = value
+    path.write_bytes(raw)
+    try:
+        model = describe(path)
+    except LongRopeError:
+        return
+    json.dumps(model.to_dict(), allow_nan=False, ensure_ascii=False).encode()
+
+
+@pytest.mark.parametrize("kind", [[1, 2], ["longrope"], 3])
+def test_a_scaling_type_that_is_no_string_is_refused(kind: Any, file: File) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"rope\.scaling\.type is"):
+        describe(file({**KEYS, "rope.scaling.type": kind}))
 
 
 def test_paths_that_are_no_models_are_refused(tmp_path: Path, smollm2: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +13,9 @@ from hypothesis import strategies as st
 from longrope_export.errors import ScalingError
 from longrope_export.rope.frequencies import critical_index, crossing, inverse_frequencies, wavelengths
 
-LLAMA2 = {"rope_theta": 1e4, "rotary_dim": 128}
-LLAMA3 = {"rope_theta": 5e5, "rotary_dim": 128}
-PHI3 = {"rope_theta": 1e4, "rotary_dim": 96}
+LLAMA2: dict[str, Any] = {"rope_theta": 1e4, "rotary_dim": 128}
+LLAMA3: dict[str, Any] = {"rope_theta": 5e5, "rotary_dim": 128}
+PHI3: dict[str, Any] = {"rope_theta": 1e4, "rotary_dim": 96}
 
 
 def test_inverse_frequencies_are_powers_of_the_base() -> None:
@@ -53,11 +54,11 @@ def test_wavelengths_match_published_periods() -> None:
     ],
 )
 def test_critical_index_of_published_models(
-    model: dict[str, float], length: int, periods: float, index: int, position: float | None
+    model: dict[str, Any], length: int, periods: float, index: int, position: float | None
 ) -> None:
-    assert critical_index(**model, length=length, periods=periods) == index  # type: ignore[arg-type]
+    assert critical_index(**model, length=length, periods=periods) == index
     if position is not None:
-        found = crossing(wavelengths(**model), length, periods)  # type: ignore[arg-type]
+        found = crossing(wavelengths(**model), length, periods)
         assert found == pytest.approx(position, abs=1e-6)
 
 
@@ -84,7 +85,7 @@ def test_crossing_inverts_the_wavelengths_also_beyond_both_ends(theta: float, pa
 
 
 def test_crossing_follows_wavelengths_that_a_scaling_has_bent() -> None:
-    periods = wavelengths(**LLAMA2, factors=[1.0] * 40 + [8.0] * 24)  # type: ignore[arg-type]
+    periods = wavelengths(**LLAMA2, factors=[1.0] * 40 + [8.0] * 24)
     assert 39.0 < crossing(periods, 8192) < 40.0  # the unscaled crossing is 49.8; the step of ×8 moves it
     assert crossing(periods, float(periods[50])) == pytest.approx(50.0)
 

@@ -106,7 +106,8 @@ def test_golden_bytes_of_one_key_and_one_tensor(save: Save) -> None:
 def test_spans_cover_the_header_without_gaps(save: Save) -> None:
     raw = small()
     header = read_gguf_header(save(raw))
-    spans = [(item.start, item.end) for item in (*header.metadata.values(), *header.tensors)]
+    spans = [(item.start, item.end) for item in header.metadata.values()]
+    spans += [(tensor.start, tensor.end) for tensor in header.tensors]
     assert spans[0][0] == header.kv_start == 24
     assert all(left[1] == right[0] for left, right in itertools.pairwise(spans))
     assert spans[-1][1] == header.infos_end
@@ -172,9 +173,7 @@ def test_truncation_at_every_byte_says_so(save: Save) -> None:
 
 def test_a_truncated_file_names_the_bytes_needed(save: Save) -> None:
     raw = small()
-    with pytest.raises(
-        InputFileError, match=rf"'b' ends at byte {len(raw):,}, the file has {len(raw) - 1:,}"
-    ):
+    with pytest.raises(InputFileError, match=rf"'b' ends at byte {len(raw):,}, the file has {len(raw) - 1:,}"):
         read_gguf_header(save(raw[:-1]))
 
 
@@ -198,6 +197,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "long key": (gguf([entry("k" * 65537, 0, b"\0")], []), "65,537 bytes"),
     "key bytes": (gguf([entry(b"\xff", 0, b"\0")], []), "not UTF-8"),
     "string length": (gguf([entry("k", STRING, struct.pack("<Q", HUGE))], []), "truncated"),
+    "long string": (gguf([entry("k", STRING, text("x" * ((1 << 26) + 1)))], []), "67,108,865 bytes"),
     "value type": (gguf([entry("k", 13, bytes(8))], []), "unknown value type 13"),
     "element type": (gguf([array("k", 13, 1, bytes(8))], []), "unknown element type 13"),
     "nested array": (gguf([array("k", ARRAY, 1, bytes(12))], []), "nested"),
@@ -235,9 +235,7 @@ def test_counts_are_limited_even_where_the_file_would_hold_them(
 ) -> None:
     monkeypatch.setattr(f"longrope_export.formats.gguf_header.{limit}", 2)
     entries = [array("k", STRING, 3, text("") * 3), entry("a", 0, b"\0"), entry("b", 0, b"\0")]
-    raw = gguf(
-        entries[: 3 if limit == "MAX_ENTRIES" else 1], [info(f"t{i}", (8,), 0, 32 * i) for i in range(3)], 96
-    )
+    raw = gguf(entries[: 3 if limit == "MAX_ENTRIES" else 1], [info(f"t{i}", (8,), 0, 32 * i) for i in range(3)], 96)
     if limit == "MAX_TENSORS":
         raw = gguf([], [info(f"t{i}", (8,), 0, 32 * i) for i in range(3)], 96)
     with pytest.raises(InputFileError, match="at most 2 are allowed"):
@@ -255,9 +253,7 @@ def test_a_sparse_file_full_of_empty_strings_costs_no_time(tmp_path: Path) -> No
     assert time.process_time() - start < 1.0
 
 
-@given(
-    flips=st.lists(st.tuples(st.integers(0, len(small()) - 1), st.integers(0, 255)), min_size=1, max_size=6)
-)
+@given(flips=st.lists(st.tuples(st.integers(0, len(small()) - 1), st.integers(0, 255)), min_size=1, max_size=6))
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_random_damage_raises_only_our_error(flips: list[tuple[int, int]], save: Save) -> None:
     raw = bytearray(small())
@@ -270,9 +266,7 @@ def test_random_damage_raises_only_our_error(flips: list[tuple[int, int]], save:
     for key, item in header.metadata.items():
         if item.is_array:
             header.read_array(key)
-    assert all(
-        header.data_start + tensor.offset + tensor.size <= header.file_size for tensor in header.tensors
-    )
+    assert all(header.data_start + tensor.offset + tensor.size <= header.file_size for tensor in header.tensors)
 
 
 def test_missing_files_folders_and_pipes_are_refused(tmp_path: Path) -> None:

@@ -40,9 +40,7 @@ def test_smollm2_header_agrees_with_the_reference_reader(smollm2: Path, referenc
     assert header.data_start == reference.data_offset
     expected = [(t.name, tuple(map(int, t.shape)), int(t.tensor_type), t.n_bytes) for t in reference.tensors]
     assert [(t.name, t.shape, t.ggml_type, t.size) for t in header.tensors] == expected
-    assert [header.data_start + t.offset for t in header.tensors] == [
-        t.data_offset for t in reference.tensors
-    ]
+    assert [header.data_start + t.offset for t in header.tensors] == [t.data_offset for t in reference.tensors]
     assert list(header.metadata) == [key for key in reference.fields if not key.startswith("GGUF.")]
     for key, item in header.metadata.items():
         field = reference.fields[key]
@@ -66,9 +64,7 @@ def test_smollm2_tensors_agree_with_the_reference(name: str, smollm2: Path, refe
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_type_is_read_in_chunks_of_rows(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_type_is_read_in_chunks_of_rows(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf_tensors, "_CHUNK_BYTES", 300)
     values = np.random.default_rng(0).normal(size=(2, 7, 64)).astype(np.float32)
     ggml_type = GGMLQuantizationType[kind]

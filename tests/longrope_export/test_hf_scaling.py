@@ -135,7 +135,8 @@ def test_the_formula_is_filled_in_from_factor_and_original() -> None:
 
 def test_plain_and_other_rope_types_carry_no_record() -> None:
     linear = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
-    for more in ({}, {"rope_parameters": {}}, {"rope_theta": 5e5}, {"rope_parameters": linear}):
+    changes: list[dict[str, Any]] = [{}, {"rope_parameters": {}}, {"rope_theta": 5e5}, {"rope_parameters": linear}]
+    for more in changes:
         assert scaling_from_config({**BASE, **more}) is None
     flat = {**GEMMA, "rope_parameters": ROPE}
     assert scaling_from_config(flat) is None, "transformers ignores a flat rope_parameters for gemma3"
@@ -214,6 +215,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {**BASE, "rope_parameters": {**ROPE, "long_factor": [*LONG[:-1], "4"]}},
         r"long_factor\[7\]",
     ),
+    "factor text beside an attention factor": (
+        {**BASE, "rope_parameters": {**ROPE, "factor": "4", "attention_factor": 1.1}},
+        "factor is '4'",
+    ),
     "attention 0": (
         {**BASE, "rope_parameters": {**ROPE, "attention_factor": 0.0}},
         "attention_factor is 0.0",
@@ -267,17 +272,13 @@ def test_longrope_on_sliding_layers_is_refused() -> None:
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=9) | st.dictionaries(st.sampled_from(sorted({*BASE, *ROPE})), inner)
-    ),
+    lambda inner: st.lists(inner, max_size=9) | st.dictionaries(st.sampled_from(sorted({*BASE, *ROPE})), inner),
     max_leaves=8,
 )
 
 
 @given(
-    key=st.sampled_from(
-        sorted({*BASE, *ROPE, "rope_scaling", RECORD_KEY, "text_config", "partial_rotary_factor"})
-    ),
+    key=st.sampled_from(sorted({*BASE, *ROPE, "rope_scaling", RECORD_KEY, "text_config", "partial_rotary_factor"})),
     value=JSON,
 )
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])

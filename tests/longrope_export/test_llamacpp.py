@@ -170,7 +170,7 @@ def test_tokenize(plain: Path) -> None:
     assert llamacpp.tokenize(plain, ["ab", "b"]) == [[a, b], [b]]
     assert llamacpp.tokenize(plain, ["a<s45>"], parse_special=True) == [[a, 301]]
     assert len(llamacpp.tokenize(plain, ["a<s45>"])[0]) == 6
-    assert llamacpp.tokenize(plain, ["a"], add_special=True) == [[a, 301]]
+    assert llamacpp.tokenize(plain, ["a"], add_special=True) == [[300, a]]
 
 
 def greedy(model: Any, prompt: list[int], count: int) -> list[int]:

@@ -16,11 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from longrope_export import RopeScaling, load
 from longrope_export.errors import NumericalError, ScalingError, TextTooShortError, UnsupportedModelError
+from longrope_export.evaluation.documents import Row
 from longrope_export.evaluation.losses import body_states, check_head, head_logits
 from longrope_export.evaluation.passes import fixed_set, forward_lengths, rotation_of
 from longrope_export.evaluation.perplexity import default_span_edges, evaluate_perplexity, token_losses
 from longrope_export.evaluation.tables import compare_methods, perplexity_text, render_comparison, render_perplexity
-from longrope_export.evaluation.documents import Row
 from longrope_export.rope.methods import method_scaling
 from longrope_export.rotary import rotary_module
 

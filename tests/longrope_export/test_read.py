@@ -111,7 +111,7 @@ def test_a_folder_with_agreeing_sources_gives_the_whole_record(tmp_path: Path) -
 
 def test_files_without_our_record_give_what_runtimes_read(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
-    plain = {"long_start_tokens": 0, "sets": {}, "provenance": {}}
+    plain: dict[str, Any] = {"long_start_tokens": 0, "sets": {}, "provenance": {}}
     for path in (write_gguf(tmp_path, own=False), write_config(tmp_path / "a", own=False)):
         found = read_scaling(path)
         assert replace(found, provenance={}) == replace(RECORD, **plain)
@@ -162,6 +162,7 @@ def test_files_without_a_record_are_named(tmp_path: Path, smollm2: Path, tiny_ll
         ("longrope.json", RECORD.to_json().encode().replace(b"4.0\n", b"0.0\n"), "greater than 0"),
         ("longrope.json", RECORD.to_json().encode().replace(b"4.0\n", b"NaN\n"), "holds NaN"),
         ("longrope.json", b"\xff\xfe", "not valid JSON"),
+        ("config.json", b'{"model_type": "llama", "rope_parameters": 3}', "rope_parameters is 3"),
         ("model.gguf", b"GGUF", "truncated"),
         ("other", b"GGUF", "truncated"),
         ("model.gguf", b"PK\x03\x04", "begins with"),

@@ -41,7 +41,7 @@ def save(tmp_path: Path) -> Save:
 
 def test_agrees_with_the_safetensors_package(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
-    arrays = {
+    arrays: dict[str, Any] = {
         "a": np.ones((2, 3), np.float32),
         "b": np.arange(5, dtype=np.float16),
         "c": np.zeros((0, 2), np.int8),

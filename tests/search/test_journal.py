@@ -11,14 +11,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-
-from longrope_export.errors import InputFileError, OutputError, StaleStateError
 from longrope_export.search.evaluator import Evaluator
 from longrope_export.search.journal import Journal
 from longrope_export.search.protocol import SEARCH, Outcome, Trial
 from longrope_export.search.space import Candidate
 
-HEADER = {"model": "abc", "seed": 0, "configuration": {"budget": "4", "gradient": {"learning_rate": 0.1}}, "plan": {"steps": 3}}
+from longrope_export.errors import InputFileError, OutputError, StaleStateError
+
+HEADER = {
+    "model": "abc",
+    "seed": 0,
+    "configuration": {"budget": "4", "gradient": {"learning_rate": 0.1}},
+    "plan": {"steps": 3},
+}
 
 
 def _trial(value: float, document: int = 0, gradient: bool = False) -> Trial:
@@ -65,7 +70,10 @@ def test_a_file_torn_at_any_byte_opens_with_its_whole_lines_and_can_be_appended_
         ("model", {"model": "abd"}),
         ("seed", {"seed": 1}),
         ("configuration.budget", {"configuration": {"budget": "5", "gradient": {"learning_rate": 0.1}}}),
-        ("configuration.gradient.learning_rate", {"configuration": {"budget": "4", "gradient": {"learning_rate": 0.2}}}),
+        (
+            "configuration.gradient.learning_rate",
+            {"configuration": {"budget": "4", "gradient": {"learning_rate": 0.2}}},
+        ),
         ("extra", {"extra": 1}),
     ],
 )
@@ -84,7 +92,9 @@ def test_an_entry_of_another_trial_is_refused(tmp_path: Path) -> None:
                 journal.recorded(0, other)
 
 
-@pytest.mark.parametrize("text", ["{}\n", "[]\n", "nonsense\n", '{"format": "other"}\n', "{\"format\":\"longrope-search-journal/1\"}\n[1]\n"])
+@pytest.mark.parametrize(
+    "text", ["{}\n", "[]\n", "nonsense\n", '{"format": "other"}\n', '{"format":"longrope-search-journal/1"}\n[1]\n']
+)
 def test_a_file_that_is_no_journal_is_refused_and_left_alone(tmp_path: Path, text: str) -> None:
     path = tmp_path / "journal.jsonl"
     path.write_text(text)

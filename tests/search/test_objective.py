@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from longrope_export.search.objective import CHUNK, ModelObjective, activation_bytes
+from longrope_export.search.protocol import Trial
+from longrope_export.search.space import Candidate, RopeNumbers, closed_form
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from longrope_export.errors import UnsupportedModelError
 from longrope_export.rotary import rotary_module
-from longrope_export.search.objective import CHUNK, ModelObjective, activation_bytes
-from longrope_export.search.protocol import Trial
-from longrope_export.search.space import Candidate, RopeNumbers, closed_form
 
 LONG = tuple(float(value) for value in np.linspace(1.0, 5.0, 16))
 
@@ -168,7 +168,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": {"original_max_position_embeddings": 32, "pad_token_id": 0},
     "granite": {"logits_scaling": 2.0},
     "gemma2": {"sliding_window": 4096, "query_pre_attn_scalar": 16},
-    "gemma3_text": {"sliding_window": 16, "query_pre_attn_scalar": 16, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma3_text": {
+        "sliding_window": 16,
+        "query_pre_attn_scalar": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
 }
 
 
@@ -198,5 +202,7 @@ def test_an_unknown_family_is_refused(tiny: Any) -> None:
 
 
 def test_the_search_space_s_seed_moves_a_real_model(tiny: Any, objective: ModelObjective) -> None:
-    losses = {objective.measure(Trial(closed_form(name, tiny.numbers), "search", 0)).loss for name in ("pi", "ntk", "yarn")}
+    losses = {
+        objective.measure(Trial(closed_form(name, tiny.numbers), "search", 0)).loss for name in ("pi", "ntk", "yarn")
+    }
     assert len(losses) == 3

@@ -6,16 +6,18 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-
-from longrope_export.errors import LongRopeError, ScalingError
 from longrope_export.search.config import Budget, SearchConfig, parse_budget
 from longrope_export.search.plan import Plan, Sizes, Timing, make_plan
 from longrope_export.search.space import RopeNumbers
 from longrope_export.search.strategies.evolution import EvolutionOptions
 from longrope_export.search.strategies.gradient import GradientOptions
 
+from longrope_export.errors import LongRopeError, ScalingError
+
 NUMBERS = RopeNumbers(rope_theta=10000.0, rotary_dim=32, window=256, target=2048)
-SIZES = Sizes(documents=4, validation=2, short_documents=16, short_validation=8, baselines=4, starts=5, short_ratio=0.125)
+SIZES = Sizes(
+    documents=4, validation=2, short_documents=16, short_validation=8, baselines=4, starts=5, short_ratio=0.125
+)
 TIMING = Timing(forward=2.0, gradient=7.0, short_forward=0.2, short_gradient=0.6)
 
 
@@ -157,9 +159,7 @@ def test_the_attention_factor_to_begin_with(options: dict[str, Any], kind: str, 
     assert (resolved.start_tokens == (0,)) == (resolved.runtime == "gguf")
 
 
-@pytest.mark.parametrize(
-    "options", [{"attention": "su"}, {"learn_attention": True}, {"start_tokens": (4,)}]
-)
+@pytest.mark.parametrize("options", [{"attention": "su"}, {"learn_attention": True}, {"start_tokens": (4,)}])
 def test_what_a_gguf_cannot_hold_is_refused(options: dict[str, Any]) -> None:
     SearchConfig(**options).resolve(NUMBERS, "hf")
     with pytest.raises(LongRopeError, match="GGUF"):

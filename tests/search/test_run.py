@@ -16,6 +16,11 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner
+from longrope_export.search.plan import Plan
+from longrope_export.search.progress import SearchProgress
+from longrope_export.search.protocol import SEARCH, Outcome, Trial
+from longrope_export.search.run import SearchConfig, run_search
+from longrope_export.search.space import Candidate
 
 from longrope_export.cli.search import search, search_config
 from longrope_export.errors import (
@@ -28,11 +33,6 @@ from longrope_export.errors import (
     UnsupportedModelError,
 )
 from longrope_export.scaling import RopeScaling
-from longrope_export.search.progress import SearchProgress
-from longrope_export.search.protocol import SEARCH, Outcome, Trial
-from longrope_export.search.plan import Plan
-from longrope_export.search.run import SearchConfig, run_search
-from longrope_export.search.space import Candidate
 
 GRADIENT = ["--budget", "30", "--documents", "2", "--validation-documents", "2", "--threads", "1"]
 EVOLUTION = [
@@ -91,7 +91,10 @@ def test_killed_at_any_point_it_ends_in_the_same_bytes(
     assert _run(arguments).exit_code == 0
     assert journal.read_bytes().startswith(kept[: kept.rfind(b"\n") + 1])
     assert (killed / "longrope.json").read_bytes() == (whole / "longrope.json").read_bytes()
-    trials = [[json.loads(line)["of"] for line in folder.read_text().splitlines()[1:]] for folder in (journal, whole / "journal.jsonl")]
+    trials = [
+        [json.loads(line)["of"] for line in folder.read_text().splitlines()[1:]]
+        for folder in (journal, whole / "journal.jsonl")
+    ]
     assert trials[0] == trials[1]
 
 
@@ -217,11 +220,11 @@ def test_a_folder_that_belongs_to_something_else_is_refused(tiny_folder: Path, t
         run_search(_config(tiny_folder, text, text))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "expected"), [("auto", "float32"), ("bfloat16", "bfloat16"), ("float32", "float32")]
-)
+@pytest.mark.parametrize(("dtype", "expected"), [("auto", "float32"), ("bfloat16", "bfloat16"), ("float32", "float32")])
 def test_the_dtype(tiny_folder: Path, text: Path, tmp_path: Path, dtype: str, expected: str) -> None:
-    result = run_search(_config(tiny_folder, text, tmp_path / "out", dtype=dtype, threads=1, budget="8", short="original"))
+    result = run_search(
+        _config(tiny_folder, text, tmp_path / "out", dtype=dtype, threads=1, budget="8", short="original")
+    )
     assert result.scaling.provenance["dtype"] == expected
 
 
@@ -284,7 +287,9 @@ def test_without_options_the_configuration_is_the_default_one() -> None:
     assert _parsed(PLAIN) == expected
 
 
-@pytest.mark.parametrize(("arguments", "name", "value"), OPTIONS, ids=[" ".join(arguments) for arguments, _, _ in OPTIONS])
+@pytest.mark.parametrize(
+    ("arguments", "name", "value"), OPTIONS, ids=[" ".join(arguments) for arguments, _, _ in OPTIONS]
+)
 def test_every_option_reaches_the_configuration(arguments: list[str], name: str, value: Any) -> None:
     found: Any = _parsed([*PLAIN, *arguments])
     default: Any = _parsed(PLAIN)

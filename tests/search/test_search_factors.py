@@ -9,9 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
-from longrope_export.errors import LongRopeError, StaleStateError, TextTooShortError, UnsupportedModelError
-from longrope_export.scaling import RopeScaling
 from longrope_export.search.documents import short_pieces, split_rows
 from longrope_export.search.evaluator import Evaluator
 from longrope_export.search.executors import InProcess
@@ -22,6 +19,9 @@ from longrope_export.search.run import SearchConfig
 from longrope_export.search.space import Candidate, closed_form
 from longrope_export.search.strategies.evolution import EvolutionOptions
 from longrope_export.search.strategies.gradient import GradientOptions
+
+from longrope_export.errors import LongRopeError, StaleStateError, TextTooShortError, UnsupportedModelError
+from longrope_export.scaling import RopeScaling
 
 GRADIENT: dict[str, Any] = {"budget": "40", "documents": 2, "validation_documents": 2, "short_share": 0.1}
 SMALL = EvolutionOptions(population=6, iterations=3, mutations=4, crossovers=4, parents=4)
@@ -41,7 +41,9 @@ def _trials(path: Path) -> list[Any]:
 
 @pytest.mark.parametrize("options", [GRADIENT, EVOLUTION])
 def test_a_search_is_deterministic_and_its_seed_matters(tiny: Any, tmp_path: Path, options: dict[str, Any]) -> None:
-    results = [_run(tiny, tmp_path / f"{name}.jsonl", **options, seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
+    results = [
+        _run(tiny, tmp_path / f"{name}.jsonl", **options, seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    ]
     assert results[0].to_dict() == results[1].to_dict()
     assert results[0].history != results[2].history
     assert _trials(tmp_path / "a.jsonl") == _trials(tmp_path / "b.jsonl") != _trials(tmp_path / "c.jsonl")
@@ -80,14 +82,18 @@ def test_the_budget_is_kept_and_stated(tiny: Any, options: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize("options", [GRADIENT, EVOLUTION])
-def test_the_result_is_never_worse_than_a_closed_form_on_the_validation_documents(tiny: Any, options: dict[str, Any]) -> None:
+def test_the_result_is_never_worse_than_a_closed_form_on_the_validation_documents(
+    tiny: Any, options: dict[str, Any]
+) -> None:
     result = _run(tiny, **options, start_tokens=(0,))
     assert result.validation_perplexity[result.chosen] == min(result.validation_perplexity.values())
     assert set(result.validation_perplexity) == {"yarn", "ntk", "pi", "critical-dim", "searched"}
     # Measured again here, from the record alone.
     objective = ModelObjective(tiny.model, tiny.numbers, {VALIDATION: tiny.rows[2:4]})
     evaluator = Evaluator(InProcess(objective), {VALIDATION: 2})
-    found = Candidate(result.scaling.long_factor, result.scaling.long_attention_factor, result.scaling.long_start_tokens)
+    found = Candidate(
+        result.scaling.long_factor, result.scaling.long_attention_factor, result.scaling.long_start_tokens
+    )
     attention = None if options is GRADIENT else found.attention_factor
     forms = [closed_form(name, tiny.numbers, attention) for name in ("yarn", "ntk", "pi", "critical-dim")]
     losses = evaluator.mean_losses([found, *forms], VALIDATION)

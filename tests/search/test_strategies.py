@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -9,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from longrope_export.errors import NumericalError, ScalingError
 from longrope_export.search.evaluator import Evaluator
 from longrope_export.search.executors import InProcess
 from longrope_export.search.protocol import SEARCH, VALIDATION, Executor, Outcome, Strategy, Trial
 from longrope_export.search.space import Candidate, PaperSpace, RopeNumbers, closed_form
 from longrope_export.search.strategies.evolution import Evolution, EvolutionOptions
 from longrope_export.search.strategies.gradient import Descent, GradientDescent, GradientOptions, isotonic
+
+from longrope_export.errors import NumericalError, ScalingError
 
 NUMBERS = RopeNumbers(rope_theta=10000.0, rotary_dim=16, window=256, target=1024)
 GOAL = np.log([1.0, 1.0, 1.3, 2.0, 3.0, 4.0, 4.5, 4.2])
@@ -65,7 +66,9 @@ def _evolution(evaluations: int = 10_000, seed: int = 0, space: PaperSpace | Non
     )  # fmt: skip
 
 
-def _descent(plan: Descent, seed: int = 0, start: Candidate | None = None, learn: bool = True, **options: Any) -> GradientDescent:
+def _descent(
+    plan: Descent, seed: int = 0, start: Candidate | None = None, learn: bool = True, **options: Any
+) -> GradientDescent:
     return GradientDescent(
         start or closed_form("pi", NUMBERS), GradientOptions(**options), plan, learn_attention=learn,
         documents=DOCUMENTS, validation_documents=2, bound=4.2, generator=np.random.default_rng(seed),
@@ -149,7 +152,9 @@ def test_the_sizes_of_algorithm_1(option: str, value: int, evaluations: int) -> 
     ],
 )
 def test_other_options_of_evolution_change_what_is_proposed(change: dict[str, Any]) -> None:
-    assert [trial.candidate for trial in _run(_evolution(**change))] != [trial.candidate for trial in _run(_evolution())]
+    assert [trial.candidate for trial in _run(_evolution(**change))] != [
+        trial.candidate for trial in _run(_evolution())
+    ]
 
 
 def test_evolution_gives_up_on_an_exhausted_grid() -> None:
@@ -234,8 +239,12 @@ def test_without_a_constraint_the_optimum_may_fall_again() -> None:
 
 
 def test_no_factor_moves_further_than_the_trust_region() -> None:
-    steps = [trial.candidate for trial in _run(_descent(Descent(30, 1, 1), learning_rate=1.0, trust_region=0.03)) if trial.gradient]
-    moves = [np.abs(np.log(b.factors) - np.log(a.factors)).max() for a, b in zip(steps, steps[1:])]
+    steps = [
+        trial.candidate
+        for trial in _run(_descent(Descent(30, 1, 1), learning_rate=1.0, trust_region=0.03))
+        if trial.gradient
+    ]
+    moves = [np.abs(np.log(b.factors) - np.log(a.factors)).max() for a, b in itertools.pairwise(steps)]
     assert 0.029 < max(moves) < 0.0301
 
 

@@ -1,0 +1,128 @@
+"""Synthetic rows: the right length, an answer that stands in the row, weights where they belong, no held-out text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from longrope_export.demo import demo_model_path
+from longrope_export.evaluation.passkey import build_prompt
+from longrope_export.evaluation.documents import load_tokenizer
+from longrope_export.evaluation.stdlib_corpus import HELD_OUT, Document
+from longrope_export.training.demo_batches import CURRICULUM, batch, shares, training_material
+from longrope_export.training.demo_retrieval import ANSWER, GENERATORS, TEXT, Material, row
+
+WINDOW = 256
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_file(str(demo_model_path() / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def material(tokenizer: Tokenizer) -> Material:
+    source = Path(__file__).read_text(encoding="utf-8") * 4
+    documents = [Document("this", source, "")]
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    return training_material(documents, documents, encode, tokenizer.get_vocab_size())
+
+
+def answers(ids: list[int], weights: list[float], tokenizer: Tokenizer, weight: float = ANSWER) -> list[str]:
+    """The runs of tokens with this weight, decoded."""
+    runs: list[list[int]] = [[]]
+    for token, own in zip(ids, weights, strict=True):
+        runs = [*runs, []] if own != weight else [*runs[:-1], [*runs[-1], token]]
+    return [tokenizer.decode(run) for run in runs if run]
+
+
+@pytest.mark.parametrize("kind", ["text", *GENERATORS])
+def test_rows_fill_the_window(material: Material, kind: str) -> None:
+    for seed in range(60):
+        ids, weights = row(kind, np.random.default_rng(seed), material, WINDOW)
+        assert len(ids) == len(weights) == WINDOW
+        assert 0 <= min(ids) <= max(ids) < material.vocabulary
+
+
+@pytest.mark.parametrize("kind", ["look_up", "needle", "passkey"])
+def test_every_answer_was_stated_before(material: Material, tokenizer: Tokenizer, kind: str) -> None:
+    complete = 0
+    for seed in range(60):
+        ids, weights = row(kind, np.random.default_rng(seed), material, WINDOW)
+        for answer in answers(ids, weights, tokenizer):
+            value = answer.strip(" .\n")
+            assert tokenizer.decode(ids).count(value) >= 2, (kind, seed, answer)
+            complete += 1
+    assert complete >= 60
+
+
+def test_passkey_rows_are_the_prompts_that_are_measured(material: Material, tokenizer: Tokenizer) -> None:
+    """A row of the full window with the standard filler holds the evaluation's prompt, but for the filler's cut."""
+    hf_tokenizer = load_tokenizer(demo_model_path())
+    found = 0
+    for seed in range(200):
+        ids, weights = row("passkey", np.random.default_rng(seed), material, WINDOW)
+        key = answers(ids, weights, tokenizer)[-1].strip(" .")
+        ends = [place for place in range(WINDOW) if weights[place] == ANSWER]
+        before = ids[: ends[0]].index(material.encode("\nThe")[0], 40)
+        for depth in np.linspace(0, 1, 120):
+            prompt = build_prompt(hf_tokenizer, len(ids), int(key), float(depth))
+            found += [*prompt.prompt_ids, *prompt.answer_ids][1:] == ids[: prompt.length - 1]
+        del before
+    assert found >= 3
+
+
+def test_keys_stand_at_every_depth(material: Material) -> None:
+    needle = material.encode("The pass key is")
+    places = []
+    for seed in range(300):
+        ids, _ = row("passkey", np.random.default_rng(seed), material, WINDOW)
+        places.append(next(i for i in range(WINDOW) if ids[i : i + len(needle)] == needle))
+    counts, _ = np.histogram(places, bins=5, range=(min(places), max(places)))
+    assert counts.min() >= 15
+    assert max(places) - min(places) > 100
+
+
+def test_repetition_counts_only_what_can_be_known(material: Material) -> None:
+    """In a row of random tokens, everything that counts stood earlier in the row."""
+    random_rows = 0
+    for seed in range(40):
+        ids, weights = row("repetition", np.random.default_rng(seed), material, WINDOW)
+        if weights[0] == TEXT:
+            continue
+        random_rows += 1
+        first = next(i for i, weight in enumerate(weights) if weight)
+        assert ids[first] in ids[:first] or ids[first] in material.text
+    assert random_rows >= 10
+
+
+def test_a_batch_is_a_function_of_seed_and_step(material: Material) -> None:
+    first, weights = batch(material, seed=3, step=7, rows=8, window=WINDOW)
+    again, _ = batch(material, seed=3, step=7, rows=8, window=WINDOW)
+    assert first.shape == weights.shape == (8, WINDOW + 1)
+    assert (first == again).all()
+    assert (first[:, 0] == 0).all()
+    assert (first != batch(material, seed=3, step=8, rows=8, window=WINDOW)[0]).any()
+    assert (first != batch(material, seed=4, step=7, rows=8, window=WINDOW)[0]).any()
+
+
+def test_the_curriculum_begins_with_repetition_and_ends_with_text() -> None:
+    assert [sum(share.values()) for _, share in CURRICULUM] == pytest.approx([1.0] * len(CURRICULUM))
+    assert set(shares(0)) == {"text", *GENERATORS}
+    assert shares(0)["repetition"] > shares(0)["text"] > shares(0)["passkey"]
+    assert shares(10**9) == CURRICULUM[-1][1]
+    middle = shares((CURRICULUM[0][0] + CURRICULUM[1][0]) // 2)
+    assert CURRICULUM[1][1]["repetition"] < middle["repetition"] < CURRICULUM[0][1]["repetition"]
+
+
+def test_the_library_counts_twice_and_its_tests_once(tokenizer: Tokenizer) -> None:
+    encode = lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)  # noqa: E731
+    material = training_material([Document("a", "alpha", "")], [Document("b", "omega", "")], encode, 3072)
+    assert material.text.tolist() == encode("alpha") * 2 + encode("omega")
+    assert "asyncio" in HELD_OUT["report"]

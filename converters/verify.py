@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def verify(
         regimes=tuple(results),
         notes=tuple(dict.fromkeys(notes)),
         probe=probe,
-        versions={name: version(name) for name in ("longrope-export", "xllamacpp", "transformers", "torch")},
+        versions=_versions(),
         seconds=round(time.monotonic() - begin, 1),
     )
 
@@ -136,6 +137,14 @@ def _targets(place: Path) -> list[Path]:
     return found
 
 
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("longrope-export", "xllamacpp", "transformers", "torch"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
 def _overall(results: list[RegimeResult]) -> Verdict:
     verdicts = {result.judgement.verdict for result in results}
     if "fail" in verdicts:
@@ -148,6 +157,8 @@ def _verify_gguf(file: Path, scaling: RopeScaling, options: Options) -> tuple[li
 
     llamacpp.version()
     plans, notes = plan_gguf(scaling, options.limits)
+    if not plans:
+        return [], notes
     with tempfile.TemporaryDirectory(prefix="longrope-verify-") as folder:
         subject = file
         if options.probe:

@@ -57,8 +57,8 @@ def parse_budget(text: str | None) -> Budget:
 class SearchConfig:
     """One search. Paths are for `run_search` only; `search_factors` is given the model and the token rows.
 
-    `attention` is "method" (each closed form's own), "su" (√(1 + ln s / ln L)), "yarn" (0.1 ln s + 1) or a number. None in
-    `attention`, `learn_attention` and `start_tokens` takes what suits the strategy and the runtime. `bound` is a
+    `attention` is "method" (each closed form's own), "su" (√(1 + ln s / ln L)), "yarn" (0.1 ln s + 1) or a number. None
+    in `attention`, `learn_attention` and `start_tokens` takes what suits the strategy and the runtime. `bound` is a
     multiple of s. Raises `LongRopeError` for values out of range.
     """
 
@@ -161,8 +161,8 @@ def _default_attention(runtime: str, strategy: str) -> str:
 def _check_gguf(config: SearchConfig, numbers: RopeNumbers) -> None:
     if config.learn_attention or config.attention_factor(numbers) != 1.0:
         raise LongRopeError(
-            "a GGUF holds one attention factor for short and long sequences: leave --attention and --learn-attention out, "
-            "or search with --for hf"
+            "a GGUF holds one attention factor for short and long sequences: leave --attention and --learn-attention "
+            "out, or search with --for hf"
         )
     if config.start_tokens != (0,):
         raise LongRopeError("a GGUF cannot hold start tokens: leave --start-tokens out, or search with --for hf")

@@ -214,7 +214,7 @@ def read_init(config: SearchConfig, numbers: RopeNumbers) -> Candidate | None:
         raise InputFileError(f"{config.init} cannot be read: {error}") from None
     if record.rotary_dim != numbers.rotary_dim:
         raise ScalingError(
-            f"{config.init} has {record.rotary_dim // 2} factors, the model needs {numbers.pairs}; it is for another model"
+            f"{config.init} has {record.rotary_dim // 2} factors, the model needs {numbers.pairs}: another model's"
         )
     factors = [total / base for total, base in zip(record.long_factor, numbers.base_factors)]
     attention = 1.0 if config.runtime == "gguf" else record.long_attention_factor / numbers.base_attention_factor

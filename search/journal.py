@@ -58,7 +58,7 @@ class Journal:
         self._append(self.header)
 
     def recorded(self, number: int, trial: Trial) -> Outcome | None:
-        """The outcome of trial `number`, or None; raises `StaleStateError` when the journal holds another trial there."""
+        """The outcome of trial `number`, or None; raises `StaleStateError` when another trial stands there."""
         if number not in self.entries:
             return None
         stored, outcome = self.entries[number]
@@ -84,7 +84,7 @@ class Journal:
             os.fsync(self._file.fileno())
         except OSError as error:
             raise OutputError(
-                f"{self.path} cannot be written: {error.strerror or error}; what it holds stays valid, run again to continue"
+                f"{self.path} cannot be written: {error.strerror or error}; what it holds is kept: run again"
             ) from error
 
     def _read(self) -> None:

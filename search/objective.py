@@ -31,7 +31,7 @@ class ModelObjective:
     """Mean cross entropy of tokens 2…T of each document under a candidate; the model stays as it is otherwise.
 
     `documents` maps a part's name to rows of token ids. The model is frozen, put into evaluation mode, and its rotary
-    embedding is replaced until `close`. Raises `UnsupportedModelError` when the family is not known or has another head.
+    embedding is replaced until `close`. Raises `UnsupportedModelError` when its family or its head is not known.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class ModelObjective:
         with _recomputed_layers(self.model, self.recompute):
             hidden = body_states(self.model, row)[0, :-1]
             loss, wanted = _head_gradient(self.model, hidden.detach(), row[0, 1:])
-            hidden.backward(wanted)
+            torch.autograd.backward(hidden, wanted)
         self._apply(candidate)
         assert offsets.grad is not None
         return Outcome(_finite(loss), tuple(_finite(value) for value in offsets.grad.tolist()))
@@ -99,9 +99,13 @@ class ModelObjective:
 def _chunk_losses(model: nn.Module, hidden: Tensor, targets: Tensor) -> list[float]:
     """Sums of the losses of `CHUNK` positions each, float32 logits."""
     return [
-        float(nn.functional.cross_entropy(head_logits(model, states).float(), wanted, reduction="sum"))
-        for states, wanted in zip(hidden.split(CHUNK), targets.split(CHUNK))
+        float(_summed_loss(model, hidden[start : start + CHUNK], targets[start : start + CHUNK]))
+        for start in range(0, len(targets), CHUNK)
     ]
+
+
+def _summed_loss(model: nn.Module, states: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(head_logits(model, states).float(), targets, reduction="sum")
 
 
 def _head_gradient(model: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[float, Tensor]:
@@ -114,7 +118,7 @@ def _head_gradient(model: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[f
         states = hidden[start : start + CHUNK].requires_grad_()
         wanted = targets[start : start + CHUNK]
         with torch.enable_grad():
-            loss = nn.functional.cross_entropy(head_logits(model, states).float(), wanted, reduction="sum")
+            loss = _summed_loss(model, states, wanted)
             (part,) = torch.autograd.grad(loss / len(targets), states)
         gradients[start : start + CHUNK] = part
         total.append(loss.item())

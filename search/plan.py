@@ -1,4 +1,4 @@
-"""How a budget is divided: fixed before the first trial and kept in the journal, so a resumed search has the same plan."""
+"""How a budget is divided: fixed before the first trial and kept in the journal, so resuming does not change it."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _plan_evolution(config: SearchConfig, sizes: Sizes, passes: float, timing: T
     evaluations = min(config.evolution.evaluations, math.floor(left / sizes.documents))
     if evaluations < 1:
         raise _too_small(config, 1.0)
-    units = evaluations * sizes.documents + (sizes.baselines + 1) * sizes.validation
+    units = float(evaluations * sizes.documents + (sizes.baselines + 1) * sizes.validation)
     units += (short * sizes.short_documents + 2 * sizes.short_validation) * ratio if short else 0
     return Plan(evaluations=evaluations, short_evaluations=short, units=units)
 

@@ -34,7 +34,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Outcome:
-    """An answer: mean cross entropy in nats per token (inf where not finite), and d loss / d (log λ …, log attention)."""
+    """An answer: mean cross entropy in nats per token (inf where not finite), and its gradient in (log λ …, log m)."""
 
     loss: float
     gradient: tuple[float, ...] | None = None

@@ -67,8 +67,8 @@ def numbers_of(description: ModelDescription, target: str) -> RopeNumbers:
     if scaling is not None and (not scaling.is_static or scaling.long_start_tokens):
         raise UnsupportedModelError(
             f"{description.path} already carries longrope factors that differ for short and long sequences "
-            f"({scaling.original_max_position_embeddings:,} to {scaling.max_position_embeddings:,} tokens): a second search "
-            "on top of them is not supported; search on the model without them"
+            f"({scaling.original_max_position_embeddings:,} to {scaling.max_position_embeddings:,} tokens): a second "
+            "search on top of them is not supported; search on the model without them"
         )
     if description.rope_type == "dynamic":
         raise UnsupportedModelError(

@@ -56,9 +56,7 @@ class RopeNumbers:
 
     def __post_init__(self) -> None:
         if self.target <= self.window:
-            raise ScalingError(
-                f"the window would go from {self.window:,} to {self.target:,} tokens; give a length above {self.window:,}"
-            )
+            raise ScalingError(f"the window would go from {self.window:,} to {self.target:,} tokens; give a longer one")
         if not self.base_factors:
             object.__setattr__(self, "base_factors", (1.0,) * self.pairs)
 
@@ -169,7 +167,7 @@ class PaperSpace:
         return _individual(np.maximum.accumulate(np.clip(genes, 0, self.top)), self.start_tokens[0])
 
     def mutate(self, parent: Individual, probability: float, generator: np.random.Generator) -> Individual:
-        """Redraw each gene with `probability`, uniformly between the next smaller and the next larger λ; n̂ from its list.
+        """Redraw each gene with `probability`, uniformly between the next smaller and the next larger λ, and n̂.
 
         Between the *neighbours* a gene inside a flat run (PI is one, YaRN has two) could never move. Sorting brings
         redrawn members of a run into order; others are in order already or change places with a neighbour.

@@ -98,15 +98,16 @@ def plan_conversion(
     _check_supported(model)
     scaling = scaling_from_config(config) if scaling is None else scaling
     losses = refuse_losses("a GGUF", _losses(model, scaling), allow_lossy=allow_lossy)
+    tokenizer = read_tokenizer(source, count(model.values, "vocab_size"), config)
     return Conversion(
         name=source.resolve().name,
         model=model,
-        tokenizer=read_tokenizer(source, count(model.values, "vocab_size"), config),
+        tokenizer=tokenizer,
         tensors=_named_tensors(stored_tensors(model_shards(source)), model),
         scaling=scaling,
         static=None if scaling else model.static_factors(),
         dtype=dtype,
-        losses=losses,
+        losses=losses + tokenizer.losses,
     )
 
 

@@ -24,7 +24,10 @@ _SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unk": "unk_token", "pad": "
 
 @dataclass(frozen=True)
 class GgufTokenizer:
-    """Values of the `tokenizer.*` keys; `special` maps bos, eos, unk and pad to ids."""
+    """Values of the `tokenizer.*` keys; `special` maps bos, eos, unk and pad to ids.
+
+    `losses` says where llama.cpp splits some texts otherwise.
+    """
 
     model: str
     pre: str
@@ -37,6 +40,7 @@ class GgufTokenizer:
     scores: list[float] = field(default_factory=list)
     add_space_prefix: bool = False
     chat_template: str | None = None
+    losses: list[str] = field(default_factory=list)
 
 
 def read_tokenizer(folder: Path, vocab_size: int, config: Mapping[str, Any]) -> GgufTokenizer:
@@ -89,7 +93,17 @@ def _sentencepiece(
     if unknown in common["tokens"]:
         typed[common["tokens"].index(unknown)] = UNKNOWN
     prefix = _space_prefix(path, values)
-    return GgufTokenizer(model="llama", pre="default", types=typed, scores=scores, add_space_prefix=prefix, **common)
+    # Metaspace adds its space only where there is none; llama.cpp and SentencePiece always add it.
+    once = prefix and values.get("pre_tokenizer") is not None
+    return GgufTokenizer(
+        model="llama",
+        pre="default",
+        types=typed,
+        scores=scores,
+        add_space_prefix=prefix,
+        losses=["llama.cpp will add one more space to a text that begins with a space"] if once else [],
+        **common,
+    )
 
 
 def _scores(path: Path, tokens: list[str], types: list[int], pairs: list[list[str]]) -> list[float]:
@@ -108,9 +122,11 @@ def _scores(path: Path, tokens: list[str], types: list[int], pairs: list[list[st
         rank.setdefault(piece, len(rank))
         made[piece] = made.get(piece, 0) + 1
         previous = piece
-    known = {token for token, kind in zip(tokens, types) if kind == NORMAL}
-    for piece, count in made.items():
-        if count != sum(piece[:cut] in known and piece[cut:] in known for cut in range(1, len(piece))):
+    plain = zip(tokens, types, strict=True)
+    known = {token for token, kind in plain if kind == NORMAL and not _BYTE_TOKEN.fullmatch(token)}
+    for piece in sorted(known):
+        ways = sum(piece[:cut] in known and piece[cut:] in known for cut in range(1, len(piece)))
+        if made.get(piece, 0) != ways:
             raise UnsupportedModelError(
                 f"{path} is not made from a SentencePiece model: a way to make {piece!r} is missing"
             )
@@ -118,9 +134,7 @@ def _scores(path: Path, tokens: list[str], types: list[int], pairs: list[list[st
 
 
 def _space_prefix(path: Path, values: Mapping[str, Any]) -> bool:
-    """Whether text gets a leading space: from the normalizer (Llama 2) or a Metaspace pre-tokenizer
-    (Mistral).
-    """
+    """Whether text gets a leading space: by the normalizer (Llama 2) or a Metaspace pre-tokenizer (Mistral)."""
     normalizer, splitter = values.get("normalizer"), values.get("pre_tokenizer")
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     prepend = {"type": "Prepend", "prepend": SPACE}

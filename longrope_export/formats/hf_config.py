@@ -186,7 +186,6 @@ def _nested(
         and not isinstance(parameters.get(SLIDING), Mapping)
     ):
         warnings.append(f"{family.name} ignores a rope_parameters that is not nested by layer type")
-        parameters = {}
     full = dict(_object(parameters, FULL)) | scaling
     sliding = dict(_object(parameters, SLIDING))
     full.setdefault("rope_theta", config["rope_theta"])

@@ -106,7 +106,8 @@ class Evolution:
         return self._space.candidate(individual, self._attention)
 
     def _first_population(self) -> list[Individual]:
-        population = [individual for seed in self._seeds if (individual := self._new(lambda seed=seed: seed))]
+        population = list(dict.fromkeys(self._seeds))
+        self._seen.update(population)
         while len(population) < self._options.population:
             if not (mutant := self._new(lambda: self._mutant(self._seeds))):
                 break

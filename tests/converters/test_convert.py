@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import random
 import shutil
@@ -203,7 +202,7 @@ def test_float16_overflow_is_refused_and_short_rows_fall_back(copy: Path, tmp_pa
     tensors = load_file(copy / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = 1e6
     save_file(tensors, copy / "model.safetensors")
-    with pytest.raises(NumericalError, match="blk.1.ffn_up.weight has values beyond float16"):
+    with pytest.raises(NumericalError, match=r"blk.1.ffn_up.weight has values beyond float16"):
         convert_to_gguf(copy, tmp_path / "m.gguf", dtype="f16")
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
     convert_to_gguf(copy, tmp_path / "m.gguf", dtype="bf16")
@@ -327,13 +326,16 @@ LLAMA2 = {
 METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
 
 
-@pytest.mark.parametrize(("normalizer", "splitter"), [(LLAMA2, None), (None, METASPACE)])
-def test_sentencepiece_tokenizers_are_alike(copy: Path, tmp_path: Path, normalizer: Any, splitter: Any) -> None:
+@pytest.mark.parametrize(("normalizer", "splitter", "losses"), [(LLAMA2, None, 0), (None, METASPACE, 1)])
+def test_sentencepiece_tokenizers_are_alike(
+    copy: Path, tmp_path: Path, normalizer: Any, splitter: Any, losses: int
+) -> None:
     from tokenizers import Tokenizer
 
     sentencepiece_like(copy, normalizer, splitter)
-    texts = ["the old dog", "and  the land, isn't 日本 cold\n\tas sand", " leading", "aaaa ddd oldold", "runrun the"]
-    convert_to_gguf(copy, tmp_path / "m.gguf")
+    texts = ["the old dog", "and  the land, isn't 日本 cold\n\tas sand", "aaaa ddd oldold", "runrun the", "a "]
+    texts += [] if losses else [" leading", "  the"]
+    assert len(convert_to_gguf(copy, tmp_path / "m.gguf")) == losses
     tokenizer = Tokenizer.from_file(str(copy / "tokenizer.json"))
     expected = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
     assert len(expected[0]) < 6
@@ -393,16 +395,12 @@ def test_every_name_is_found_again() -> None:
 
 
 def test_special_tokens_template_and_unused_rows(copy: Path) -> None:
-    settings = {
-        "bos_token": {"content": "<s>"},
-        "eos_token": "</s>",
-        "chat_template": [{"name": "default", "template": "T"}],
-    }
+    templates = [{"name": "tool_use", "template": "U"}, {"name": "default", "template": "T"}]
+    settings = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "chat_template": templates}
     (copy / "tokenizer_config.json").write_text(json.dumps(settings))
-    template = [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}]
-    edit_tokenizer(
-        copy, lambda values: values.update(post_processor={"type": "TemplateProcessing", "single": template})
-    )
+    single = [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}]
+    processor = {"type": "Sequence", "processors": [{"type": "TemplateProcessing", "single": single}]}
+    edit_tokenizer(copy, lambda values: values.update(post_processor=processor))
     found = read_tokenizer(copy, 608, {"pad_token_id": 1, "eos_token_id": [5]})
     assert dict(found.special) == {"bos": 0, "eos": 1, "pad": 1}
     assert (found.add_bos, found.add_eos, found.chat_template) == (True, False, "T")
@@ -421,7 +419,7 @@ def test_bad_token_ids_are_refused(copy: Path) -> None:
     with pytest.raises(InputFileError, match="the id 7 belongs to"):
         read_tokenizer(copy, 608, {})
     (copy / "tokenizer.json").unlink()
-    with pytest.raises(InputFileError, match="has no tokenizer.json"):
+    with pytest.raises(InputFileError, match=r"has no tokenizer.json"):
         read_tokenizer(copy, 608, {})
 
 
@@ -431,7 +429,7 @@ def test_bad_token_ids_are_refused(copy: Path) -> None:
         ({"model_type": "qwen2"}, UnsupportedModelError, "qwen2 is not converted here, only llama and mistral"),
         ({"hidden_act": "gelu"}, UnsupportedModelError, "hidden_act is 'gelu'"),
         ({"partial_rotary_factor": 0.5}, UnsupportedModelError, "rotates whole heads"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, UnsupportedModelError, "dynamic NTK"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, UnsupportedModelError, "dynamic NTK"),
         ({"num_hidden_layers": 3}, InputFileError, "the weights lack blk.2"),
         ({"num_hidden_layers": 1}, UnsupportedModelError, "model.layers.1.* has no place"),
         ({"intermediate_size": 161}, InputFileError, "shape .* config.json says .161, 128"),
@@ -456,4 +454,3 @@ def test_records_of_other_models_are_refused(small_llama: Path, record: Record, 
         convert_to_gguf(small_llama, tmp_path / "m.gguf", record(16))
     with pytest.raises(LossyTargetError, match="n̂ = 4"):
         convert_to_gguf(small_llama, tmp_path / "m.gguf", record(32, long_start_tokens=4))
-    assert math.isclose(convert_to_gguf(small_llama, tmp_path / "m.gguf", record(32), dtype="q8_0") == [], True)

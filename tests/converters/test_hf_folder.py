@@ -37,9 +37,11 @@ SIZES = {
 FAMILIES: dict[str, tuple[str, str, dict[str, Any], int, float]] = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", {}, 32, 1e4),
     "mistral": ("MistralConfig", "MistralForCausalLM", {}, 32, 1e4),
-    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, 32, 1e6),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, 32, 1e6),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {"head_dim": 16}, 16, 1e4),
-    "phi3": ("Phi3Config", "Phi3ForCausalLM", {"partial_rotary_factor": 0.75, "original_max_position_embeddings": 32}, 24, 1e4),
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", {
+        "partial_rotary_factor": 0.75, "original_max_position_embeddings": 32}, 24, 1e4),
     "granite": ("GraniteConfig", "GraniteForCausalLM", {}, 32, 1e4),
     "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {"head_dim": 32}, 32, 1e4),
     "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {
@@ -271,18 +273,18 @@ def test_damaged_folders_are_refused(folders: Callable[[str], Path], record: Rec
     scaling = family_record(record, "llama")
     source = tmp_path / "source"
     source.mkdir()
-    with pytest.raises(InputFileError, match="config.json does not exist"):
+    with pytest.raises(InputFileError, match=r"config.json does not exist"):
         write_hf_folder(source, tmp_path / "new", scaling)
     config = json.loads((folders("llama") / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputFileError, match="has no .safetensors weights"):
+    with pytest.raises(InputFileError, match=r"has no .safetensors weights"):
         write_hf_folder(source, tmp_path / "new", scaling)
     (source / "pytorch_model.bin").write_bytes(b"pickle")
-    with pytest.raises(UnsupportedModelError, match="pytorch_model.bin, which may run code"):
+    with pytest.raises(UnsupportedModelError, match=r"pytorch_model.bin, which may run code"):
         write_hf_folder(source, tmp_path / "new", scaling)
     shutil.copy(folders("llama") / "model.safetensors", source)
     (source / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-2.safetensors"}}')
-    with pytest.raises(InputFileError, match="has no model-2.safetensors"):
+    with pytest.raises(InputFileError, match=r"has no model-2.safetensors"):
         write_hf_folder(source, tmp_path / "new", scaling)
     (source / "model.safetensors.index.json").unlink()
     (source / "config.json").write_text(json.dumps({**config, "model_type": "gptj"}))

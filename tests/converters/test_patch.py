@@ -133,7 +133,7 @@ def test_missing_freq_base_means_ten_thousand(gguf_file: Build, record: Record, 
     source = gguf_file(keys={"llama.rope.freq_base": None})
     patch_gguf(source, tmp_path / "new.gguf", record())
     assert read_gguf_header(tmp_path / "new.gguf").get("llama.rope.freq_base") == 10000.0
-    with pytest.raises(ScalingError, match="rope_theta 500000, .* has 10000"):
+    with pytest.raises(ScalingError, match=r"rope_theta 500000, .* has 10000"):
         patch_gguf(source, tmp_path / "other.gguf", record(rope_theta=500000.0))
 
 

@@ -341,6 +341,12 @@ def test_gguf_plans_follow_llamacpps_granule() -> None:
     assert "below it only" in notes[0]
 
 
+def test_a_file_that_llamacpp_never_scales_cannot_be_told(plain: dict[str, Path]) -> None:
+    report = verify(plain["F32"], replace(RECORD, original_max_position_embeddings=99, max_position_embeddings=99))
+    assert (report.verdict, report.regimes) == ("cannot tell", ())
+    assert len(report.notes) == 2
+
+
 def test_folder_plans_cross_the_window() -> None:
     short, long = plan_folder(RECORD, Limits(16))[0]
     assert (max(short.prefixes), min(long.prefixes), max(long.prefixes)) == (256, 257, 320)

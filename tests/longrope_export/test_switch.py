@@ -522,6 +522,10 @@ def test_start_tokens_survive_the_cache(start: str) -> None:
     assert generation_difference(ours, ours, CROSSING, steps=16, do_sample=False) <= TOLERANCE
     row = tokens(40 if start.startswith("long") else 20)
     assert difference(alone(ours, row), alone(without, row)) > LOUD
+    # A bare forward derives positions from the mask: n̂ counts each row's own tokens.
+    with torch.no_grad():
+        padded = ours(**batch_of([row, tokens(50)])).logits[0, -row.shape[1] :]
+    assert difference(padded, alone(ours, row)) <= TOLERANCE
 
 
 @torch.no_grad()

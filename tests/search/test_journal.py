@@ -106,7 +106,7 @@ def test_a_file_that_is_no_journal_is_refused_and_left_alone(tmp_path: Path, tex
 @pytest.mark.skipif(os.name == "nt", reason="files are not locked on Windows")
 def test_a_second_process_is_refused(tmp_path: Path) -> None:
     path = _written(tmp_path / "journal.jsonl")
-    code = "import sys; from pathlib import Path; from longrope_export.search.journal import Journal; Journal(Path(sys.argv[1]))"
+    code = "import sys, pathlib, longrope_export.search.journal as j; j.Journal(pathlib.Path(sys.argv[1]))"
     with Journal(path):
         other = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
     assert "another search is writing it" in other.stderr

@@ -120,7 +120,7 @@ def test_it_learns_what_the_weights_ask_for(tmp_path: Path) -> None:
 
     losses: list[float] = []
     model = new_model(replace(TINY, layers=2), 64, seed=0)
-    settings = Settings(steps=400, rows=8, micro_rows=8, warm_up=10, learning_rate=2e-2)
+    settings = Settings(steps=300, rows=8, micro_rows=8, warm_up=10, learning_rate=2e-2)
     train(model, only_repeats, settings, tmp_path / "c.pt", report=lambda p: losses.append(p.loss))
     assert losses[0] > 3.5
     assert np.mean(losses[-10:]) < 1.0

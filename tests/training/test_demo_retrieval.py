@@ -9,8 +9,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from longrope_export.demo import demo_model_path
-from longrope_export.evaluation.passkey import build_prompt
 from longrope_export.evaluation.documents import load_tokenizer
+from longrope_export.evaluation.passkey import INTRODUCTION, KEY_SENTENCE, QUESTION, build_prompt
 from longrope_export.evaluation.stdlib_corpus import HELD_OUT, Document
 from longrope_export.training.demo_batches import CURRICULUM, batch, shares, training_material
 from longrope_export.training.demo_retrieval import ANSWER, GENERATORS, TEXT, Material, row
@@ -32,6 +32,14 @@ def material(tokenizer: Tokenizer) -> Material:
         return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
     return training_material(documents, documents, encode, tokenizer.get_vocab_size())
+
+
+def text_without_filler(key: str) -> str:
+    return f"{INTRODUCTION}\n\n{KEY_SENTENCE.format(key=key)}\n\n{QUESTION} {key}"
+
+
+def place_of(part: list[int], ids: list[int]) -> int:
+    return next(i for i in range(len(ids)) if ids[i : i + len(part)] == part)
 
 
 def answers(ids: list[int], weights: list[float], tokenizer: Tokenizer, weight: float = ANSWER) -> list[str]:
@@ -63,19 +71,19 @@ def test_every_answer_was_stated_before(material: Material, tokenizer: Tokenizer
 
 
 def test_passkey_rows_are_the_prompts_that_are_measured(material: Material, tokenizer: Tokenizer) -> None:
-    """A row of the full window with the standard filler holds the evaluation's prompt, but for the filler's cut."""
+    """A row with the standard filler is, token by token, the evaluation's prompt of that length, key and depth."""
     hf_tokenizer = load_tokenizer(demo_model_path())
     found = 0
-    for seed in range(200):
+    for seed in range(40):
         ids, weights = row("passkey", np.random.default_rng(seed), material, WINDOW)
         key = answers(ids, weights, tokenizer)[-1].strip(" .")
-        ends = [place for place in range(WINDOW) if weights[place] == ANSWER]
-        before = ids[: ends[0]].index(material.encode("\nThe")[0], 40)
-        for depth in np.linspace(0, 1, 120):
-            prompt = build_prompt(hf_tokenizer, len(ids), int(key), float(depth))
-            found += [*prompt.prompt_ids, *prompt.answer_ids][1:] == ids[: prompt.length - 1]
-        del before
-    assert found >= 3
+        length = 1 + max(i for i, weight in enumerate(weights) if weight == ANSWER)  # BOS comes, "." goes
+        room = length - len(material.encode(text_without_filler(key))) - 1
+        head = len(material.encode(INTRODUCTION + "\n"))
+        before = place_of(material.encode(f"\nThe pass key is {key}."), ids) - head
+        prompt = build_prompt(hf_tokenizer, length, int(key), before / room)
+        found += [*prompt.prompt_ids, *prompt.answer_ids] == [0, *ids[: length - 1]]
+    assert found >= 10  # half of the rows have training text as filler
 
 
 def test_keys_stand_at_every_depth(material: Material) -> None:
@@ -83,7 +91,7 @@ def test_keys_stand_at_every_depth(material: Material) -> None:
     places = []
     for seed in range(300):
         ids, _ = row("passkey", np.random.default_rng(seed), material, WINDOW)
-        places.append(next(i for i in range(WINDOW) if ids[i : i + len(needle)] == needle))
+        places.append(place_of(needle, ids))
     counts, _ = np.histogram(places, bins=5, range=(min(places), max(places)))
     assert counts.min() >= 15
     assert max(places) - min(places) > 100

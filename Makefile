@@ -38,7 +38,6 @@ test-slow: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/lint-imports
 
 format: install
 	$(BIN)/ruff format .

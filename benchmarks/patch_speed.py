@@ -123,9 +123,7 @@ def time_copy(source: Path, target: Path) -> float:
 
 def time_patch(source: Path, record: Path, target: Path) -> tuple[float, int]:
     """Seconds and peak resident bytes of `longrope patch`; the new file is removed."""
-    _, seconds, peak = run_child(
-        [*LONGROPE, "patch", str(source), "--scaling", str(record), "--out", str(target)]
-    )
+    _, seconds, peak = run_child([*LONGROPE, "patch", str(source), "--scaling", str(record), "--out", str(target)])
     remove(target)
     return seconds, peak
 

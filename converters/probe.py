@@ -69,7 +69,7 @@ def _entry_bytes(header: GgufHeader, entry: MetadataEntry, count: int, blocks: i
         return encode_entry(entry.key, blocks)
     raw = read_range(header.path, entry.start, entry.end)
     per_block = entry.key.startswith(f"{header.get('general.architecture')}.") and entry.array_length == count
-    if not (entry.is_array and per_block and entry.array_type in SCALARS):
+    if not per_block or entry.array_type is None or entry.array_type not in SCALARS:
         return raw
     width = SCALARS[entry.array_type][0].size
     start = entry.elements - entry.start

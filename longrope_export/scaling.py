@@ -151,9 +151,9 @@ def _positive(name: str, value: Any) -> float:
     try:
         rounded = to_float32(float(value))
     except (TypeError, ValueError, OverflowError):
-        raise ScalingError(f"{name} is {value!r}; it must be a finite float32 number") from None
-    if not math.isfinite(rounded) or rounded <= 0.0 or isinstance(value, bool):
-        raise ScalingError(f"{name} is {value!r}; it must be finite and greater than 0")
+        raise ScalingError(f"{name} is {str(value)[:80]!r}; it must be a finite float32 number") from None
+    if not math.isfinite(rounded) or rounded <= 0.0 or isinstance(value, (bool, str, bytes)):
+        raise ScalingError(f"{name} is {value!r}; it must be a number, finite and greater than 0")
     return rounded
 
 

@@ -8,17 +8,17 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
-
-from longrope_export.evaluation.stdlib_corpus import Document
 from longrope_export.training.demo_retrieval import Material, row
 from longrope_export.training.demo_tokenizer import BOS_ID
+
+from longrope_export.evaluation.stdlib_corpus import Document
 
 # (rows seen, share of each kind of row): linear in between, constant after the last. Repetition comes first because
 # it starts induction; passkeys alone taught nothing in the first million tokens of an earlier trial.
 CURRICULUM: tuple[tuple[int, dict[str, float]], ...] = (
-    (0, {"text": 0.40, "repetition": 0.45, "look_up": 0.10, "needle": 0.00, "passkey": 0.05}),
-    (6_000, {"text": 0.45, "repetition": 0.30, "look_up": 0.10, "needle": 0.05, "passkey": 0.10}),
-    (14_000, {"text": 0.62, "repetition": 0.08, "look_up": 0.08, "needle": 0.08, "passkey": 0.14}),
+    (0, {"text": 0.48, "repetition": 0.44, "look_up": 0.04, "needle": 0.00, "passkey": 0.04}),
+    (8_000, {"text": 0.48, "repetition": 0.36, "look_up": 0.06, "needle": 0.03, "passkey": 0.07}),
+    (16_000, {"text": 0.62, "repetition": 0.08, "look_up": 0.08, "needle": 0.08, "passkey": 0.14}),
     (24_000, {"text": 0.70, "repetition": 0.05, "look_up": 0.06, "needle": 0.07, "passkey": 0.12}),
 )
 # The library is read twice as often as its test suite, which is the longer of the two.

@@ -29,11 +29,11 @@ class Settings:
     Only `steps` may differ at a resume: before the rate has begun to fall, it decides nothing that was done.
     """
 
-    steps: int = 2000
-    rows: int = 32
+    steps: int = 4000
+    rows: int = 16
     micro_rows: int = 8
     learning_rate: float = 4e-3
-    warm_up: int = 60
+    warm_up: int = 100
     weight_decay: float = 0.05
     clip: float = 1.0
     seed: int = 0

@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
-
-from longrope_export.errors import LongRopeError
-from longrope_export.evaluation import passkey
-from longrope_export.evaluation.stdlib_corpus import documents, training_tests
-from longrope_export.files import atomic_output, write_text
 from longrope_export.training.demo_batches import LIBRARY_REPEATS, batch, training_material
 from longrope_export.training.demo_card import Run, card, held_out_record, measure
 from longrope_export.training.demo_loop import Progress, Settings, keep_freed_memory, train
 from longrope_export.training.demo_retrieval import Material
 from longrope_export.training.demo_tokenizer import BOS_ID, train_tokenizer, write_tokenizer
+
+from longrope_export.errors import LongRopeError
+from longrope_export.evaluation import passkey
+from longrope_export.evaluation.stdlib_corpus import documents, training_tests
+from longrope_export.files import atomic_output, write_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -188,7 +188,7 @@ def progress_printer(settings: Settings, minutes: float | None, every: float = 1
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder for the model and its card.")
 @click.option("--state", type=click.Path(path_type=Path, file_okay=False), help="Folder for the checkpoint  [default: OUT.training]")
-@click.option("--steps", type=click.IntRange(min=1), default=Settings.steps, help="Steps of 8,192 tokens, at most.")
+@click.option("--steps", type=click.IntRange(min=1), default=Settings.steps, help="Steps of 4,096 tokens, at most.")
 @click.option("--minutes", type=click.FloatRange(min=0.01), help="Wall time of all sittings; shortens the run, never lengthens it.")
 @click.option("--threads", type=click.IntRange(min=1), default=2, help="Threads; the weights do not depend on it.")
 @click.option("--seed", type=int, default=Settings.seed, help="Decides the initial weights and the rows.")

@@ -44,14 +44,22 @@ class Material:
     encode: Callable[[str], list[int]]
     vocabulary: int
     garbage: list[int] = field(init=False)
+    frequent: Ids = field(init=False)
 
     def __post_init__(self) -> None:
+        counts = np.bincount(self.text, minlength=self.vocabulary)
+        object.__setattr__(self, "frequent", np.argsort(-counts, kind="stable")[: int((counts > 0).sum())])
         object.__setattr__(self, "garbage", self.encode(f"{FILLER} " * 40))
 
     def passage(self, rng: np.random.Generator, length: int) -> list[int]:
         """`length` consecutive tokens of training text."""
         start = int(rng.integers(0, len(self.text) - length))
         return [int(token) for token in self.text[start : start + length]]
+
+    def babble(self, rng: np.random.Generator, length: int) -> list[int]:
+        """`length` random tokens out of the most frequent ones, sixteen at least."""
+        alphabet = _log_uniform(rng, min(16, len(self.frequent)), len(self.frequent))
+        return [int(token) for token in self.frequent[rng.integers(0, alphabet, length)]]
 
     def fillers(self, rng: np.random.Generator, lengths: list[int]) -> list[Piece]:
         """Irrelevant text of the given lengths: all of it the standard sentences, or all of it training text."""
@@ -70,17 +78,22 @@ class Material:
 
 
 def repetition(rng: np.random.Generator, material: Material, length: int) -> list[Piece]:
-    """A random segment, of text or of random tokens, again and again; sometimes with a little text between."""
-    size = int(rng.integers(4, max(5, length // 2)))
-    if rng.random() < 0.5:
-        first: Piece = ([int(token) for token in rng.integers(1, material.vocabulary, size)], 0.0)
-    else:
-        first = (material.passage(rng, size), TEXT)
-    gap = int(rng.integers(1, 20)) if rng.random() < 0.4 else 0
-    again: list[Piece] = [(first[0], KNOWN)]
-    if gap:  # the segment's first two tokens only say that it comes back
-        again = [(material.passage(rng, gap), TEXT), (first[0][:2], 0.0), (first[0][2:], KNOWN)]
-    return [first, *(again * (length // size))]
+    """Segments of text or of random tokens, each again and again, sometimes with a little text between.
+
+    Lengths are log-uniform from 1 to half the row, and so are the alphabets that random tokens come from: repeating one
+    token is learned at once, then two, and induction grows from there. Long random segments alone started nothing.
+    """
+    pieces: list[Piece] = []
+    while (room := _room(length, [ids for ids, _ in pieces])) > 0:
+        size = _log_uniform(rng, 1, length // 2)
+        first = (material.passage(rng, size), TEXT) if rng.random() < 0.5 else (material.babble(rng, size), 0.0)
+        again: list[Piece] = [(first[0], KNOWN)]
+        if size > 4 and rng.random() < 0.4:  # behind other text, two tokens only say which segment comes back
+            between = material.passage(rng, int(rng.integers(1, 20)))
+            again = [(between, TEXT), (first[0][:2], 0.0), (first[0][2:], KNOWN)]
+        times = min(max(1, room // size), int(rng.integers(2, 16)))
+        pieces += [first, *(again * times), (material.passage(rng, int(rng.integers(1, 10))), TEXT)]
+    return pieces
 
 
 def look_up(rng: np.random.Generator, material: Material, length: int) -> list[Piece]:
@@ -156,6 +169,11 @@ def _spread(
     gaps = fill([int(gap) for gap in np.diff([0, *cuts, room])])
     pieces = [piece for gap, part in zip(gaps, stated, strict=False) for piece in (gap, (part, FIXED))]
     return [*pieces, gaps[-1]]
+
+
+def _log_uniform(rng: np.random.Generator, low: int, high: int) -> int:
+    """A whole number from `low` to `high`, as likely between 1 and 2 as between 32 and 64."""
+    return min(high, int(np.exp(rng.uniform(np.log(low), np.log(high + 1)))))
 
 
 def _value(rng: np.random.Generator, material: Material) -> str:

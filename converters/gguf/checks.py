@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from longrope_export.converters.gguf.scaling_keys import STATIC_TENSOR
 from longrope_export.converters.lossy import gguf_losses, refuse_losses, undone_losses
 
 from longrope_export.errors import InputFileError, ScalingError, UnsupportedModelError
 from longrope_export.formats.gguf_header import GgufHeader
+from longrope_export.formats.gguf_scaling import STATIC_TENSOR
 from longrope_export.formats.gguf_tensors import read_tensor
 from longrope_export.gguf_architectures import GGUF_ARCHITECTURES, gguf_architecture
 from longrope_export.scaling import RopeScaling, to_float32

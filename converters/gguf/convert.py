@@ -9,12 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from longrope_export.converters.gguf.scaling_keys import (
-    LONG_TENSOR,
-    SHORT_TENSOR,
-    STATIC_TENSOR,
-    scaling_entries,
-)
+from longrope_export.converters.gguf.scaling_keys import scaling_entries
 from longrope_export.converters.gguf.tokenizer import GgufTokenizer, read_tokenizer
 from longrope_export.converters.gguf.weights import (
     DTYPES,
@@ -32,6 +27,7 @@ from longrope_export.converters.lossy import gguf_losses, refuse_losses
 
 from longrope_export.errors import InputFileError, UnsupportedModelError
 from longrope_export.files import atomic_output
+from longrope_export.formats.gguf_scaling import LONG_TENSOR, SHORT_TENSOR, STATIC_TENSOR
 from longrope_export.formats.hf_config import count, positive, read_json
 from longrope_export.formats.hf_scaling import scaling_from_config
 from longrope_export.formats.records import CONFIG_FILE

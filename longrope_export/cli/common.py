@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 
-class LengthType(click.ParamType):
+class LengthType(click.ParamType[str]):
     """A context length: `16384`, `32k`, `1M`, or a multiple of the model's window such as `4x`."""
 
     name = "length"

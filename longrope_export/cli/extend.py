@@ -75,4 +75,4 @@ def _lines(result: dict[str, Any]) -> list[str]:
     lines += [f"note: {line}" for line in result["notes"]]
     if "verdict" in result:
         lines.append(f"verify: {result['verdict']}")
-    return lines + [*result.get("run", ())]
+    return [*lines, *result.get("run", ())]

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from longrope_export import __version__
+from longrope_export.cli.tables import printable
 from longrope_export.errors import LongRopeError, MissingDependencyError
 
 # name → (module, attribute, one line for --help); kept here so that --help imports no command.
@@ -74,7 +75,8 @@ def main(arguments: list[str] | None = None) -> Any:
     try:
         return _run(arguments)
     except LongRopeError as error:
-        click.echo(f"longrope: {error}", err=True)
+        # A stranger's file may put terminal escapes into a message.
+        click.echo(f"longrope: {printable(error)}", err=True)
         sys.exit(1)
 
 

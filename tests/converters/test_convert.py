@@ -432,7 +432,7 @@ def test_bad_token_ids_are_refused(copy: Path) -> None:
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, UnsupportedModelError, "dynamic NTK"),
         ({"num_hidden_layers": 3}, InputFileError, "the weights lack blk.2"),
         ({"num_hidden_layers": 1}, UnsupportedModelError, "model.layers.1.* has no place"),
-        ({"intermediate_size": 161}, InputFileError, "shape .* config.json says .161, 128"),
+        ({"intermediate_size": 161}, InputFileError, "shape .* config.json says .128, 161"),
         ({"num_key_value_heads": 4}, InputFileError, "config.json says .128, 128"),
         ({"num_attention_heads": "4"}, InputFileError, "num_attention_heads is '4'"),
         ({"model_type": "mistral", "sliding_window": 64}, LossyTargetError, "not to a sliding window of 64"),

@@ -107,14 +107,14 @@ WRITERS = [write_gguf, write_safetensors, write_flat_config, write_nested_config
 
 
 @pytest.mark.parametrize("write", WRITERS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(scaling=records())
 def test_round_trip(write: Any, scaling: RopeScaling) -> None:
     with tempfile.TemporaryDirectory() as name:
         assert read_scaling(write(Path(name), scaling)) == scaling
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(scaling=records())
 def test_all_formats_in_one_folder_agree(scaling: RopeScaling) -> None:
     with tempfile.TemporaryDirectory() as name:

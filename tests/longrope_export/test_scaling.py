@@ -90,6 +90,7 @@ def test_is_static_needs_every_part_equal() -> None:
         ({"long_factor": [1.0, -1.0]}, "greater than 0"),
         ({"long_factor": [1.0, 1e-60]}, "greater than 0"),
         ({"long_factor": ["a", 1.0]}, "float32"),
+        ({"long_factor": ["4", 1.0]}, "must be a number"),
         ({"short_factor": [1.0, 2.0, 3.0]}, "short_factor has 3"),
         ({"max_position_embeddings": 15}, "max_position_embeddings is 15"),
         ({"original_max_position_embeddings": True}, "whole number"),

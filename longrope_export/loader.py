@@ -101,7 +101,6 @@ def apply_scaling(
     _write_config(model, scaling)
     if hasattr(model, "prepare_inputs_for_generation"):
         # Phi3's own version drops the cache of the whole batch at the window; other families have this one.
-        # already.
         model.prepare_inputs_for_generation = MethodType(GenerationMixin.prepare_inputs_for_generation, model)
     if switch == "sequence" and not scaling.is_static:
         _install_switch(model, rotary, sets)

@@ -1,7 +1,9 @@
 """How far two runtimes may be apart: the one place for such numbers, each with its measured value and its command.
 
 Every distance is in nats (see `converters.discrimination.distance`): the centred root mean square of log-probability
-differences. The measured values are printed by `python benchmarks/runtime_noise.py`.
+differences. Measured with `python benchmarks/runtime_noise.py --model GGUF` (all types) and `longrope verify`, on a loud
+random 2-layer Llama ("random") and on the first two blocks of SmolLM2-135M-Instruct Q4_1 ("SmolLM2"); llama.cpp of
+xllamacpp 2026.10.11549 on the CPU. Both regimes, the larger value.
 """
 
 from __future__ import annotations
@@ -22,13 +24,18 @@ class Tolerance:
     exact: bool = False
 
 
+# Measured: random 1.0e-5.
 FLOAT32 = Tolerance("F32", 1e-3, exact=True)
 # llama.cpp rounds the activations to the format below before it multiplies them with weights of these types, which
 # the reference does not; that, not the weights, is the distance that remains.
+# Measured: random 2.9e-3.
 FLOAT16 = Tolerance("F16 activations", 1e-2)
+# Measured: random 2.2e-2.
 BFLOAT16 = Tolerance("BF16 activations", 5e-2)
-EIGHT_BITS = Tolerance("8-bit activations", 0.08)
-EIGHT_BITS_K = Tolerance("8-bit activations in blocks of 256", 0.08)
+# Measured: random Q8_0 0.042, Q4_0 0.062, Q4_1 0.059, Q5_0 0.074; SmolLM2 Q4_1 0.053–0.064 under eight scalings.
+EIGHT_BITS = Tolerance("8-bit activations", 0.1)
+# Not measured: llama.cpp rounds these activations to 8 bits too, in blocks of 256 instead of 32.
+EIGHT_BITS_K = Tolerance("8-bit activations in blocks of 256", 0.1)
 
 _BY_TYPE = {
     "F32": FLOAT32, "F64": FLOAT32, "I8": FLOAT32, "I16": FLOAT32, "I32": FLOAT32, "I64": FLOAT32,

@@ -44,8 +44,7 @@ def shares(rows_seen: int) -> dict[str, float]:
     """Probability of each kind of row after `rows_seen` rows."""
     places = [place for place, _ in CURRICULUM]
     return {
-        kind: float(np.interp(rows_seen, places, [share[kind] for _, share in CURRICULUM]))
-        for kind in CURRICULUM[0][1]
+        kind: float(np.interp(rows_seen, places, [share[kind] for _, share in CURRICULUM])) for kind in CURRICULUM[0][1]
     }
 
 

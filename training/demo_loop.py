@@ -102,7 +102,9 @@ def train(
         while progress.step < progress.total(settings.steps):
             if progress.decay_start is None and _decay_is_due(progress, settings, minutes):
                 progress.decay_start = progress.step
-            progress.loss = _step(model, optimizing, batch(progress.step), settings, learning_rate(settings, progress), pool)
+            progress.loss = _step(
+                model, optimizing, batch(progress.step), settings, learning_rate(settings, progress), pool
+            )
             progress.step += 1
             progress.seconds = before + time.monotonic() - begun
             report(progress)

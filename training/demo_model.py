@@ -131,9 +131,7 @@ def train_demo_model(
         ids, weights = batch(material, seed=settings.seed, step=step, rows=settings.rows, window=shape.window)
         return torch.from_numpy(ids), torch.from_numpy(weights)
 
-    progress = train(
-        model, rows, settings, state / "checkpoint.pt", minutes=minutes, threads=threads, report=report
-    )
+    progress = train(model, rows, settings, state / "checkpoint.pt", minutes=minutes, threads=threads, report=report)
     write_model(model, tokenizer, out)
     measured = measure(out, trials=trials, library=library)
     run = Run(
@@ -186,14 +184,28 @@ def progress_printer(settings: Settings, minutes: float | None, every: float = 1
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder for the model and its card.")
-@click.option("--state", type=click.Path(path_type=Path, file_okay=False), help="Folder for the checkpoint  [default: OUT.training]")
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder for the model and its card."
+)
+@click.option(
+    "--state",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for the checkpoint  [default: OUT.training]",
+)
 @click.option("--steps", type=click.IntRange(min=1), default=Settings.steps, help="Steps of 4,096 tokens, at most.")
-@click.option("--minutes", type=click.FloatRange(min=0.01), help="Wall time of all sittings; shortens the run, never lengthens it.")
+@click.option(
+    "--minutes",
+    type=click.FloatRange(min=0.01),
+    help="Wall time of all sittings; shortens the run, never lengthens it.",
+)
 @click.option("--threads", type=click.IntRange(min=1), default=2, help="Threads; the weights do not depend on it.")
 @click.option("--seed", type=int, default=Settings.seed, help="Decides the initial weights and the rows.")
 @click.option("--trials", type=click.IntRange(min=1), default=200, help="Passkey prompts for the card.")
-@click.option("--library", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Another Python's standard library.")
+@click.option(
+    "--library",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Another Python's standard library.",
+)
 def main(
     out: Path,
     state: Path | None,

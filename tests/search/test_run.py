@@ -69,33 +69,53 @@ def _stop_after_lines(command: list[str], journal: Path, lines: int, stop: int) 
     return process.returncode, stderr
 
 
-@pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL")
-@pytest.mark.parametrize("options", [GRADIENT, EVOLUTION], ids=["gradient", "evolution"])
-def test_killed_at_any_point_it_ends_in_the_same_bytes(
-    tiny_folder: Path, text: Path, tmp_path: Path, options: list[str]
+def _check_stops(
+    tiny_folder: Path, text: Path, folder: Path, options: list[str], stops: list[tuple[float, int]]
 ) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    """Stop one search at each share of its journal's lines, finish it, and compare with one that was never stopped."""
+    whole, stopped = folder / "whole", folder / "stopped"
     assert _run(_arguments(tiny_folder, text, whole, *options)).exit_code == 0
-    journal = killed / "journal.jsonl"
-    arguments = _arguments(tiny_folder, text, killed, *options)
-    total = (whole / "journal.jsonl").read_bytes().count(b"\n")
-    for lines, stop in ((1, signal.SIGKILL), (total // 3, signal.SIGKILL), (2 * total // 3, signal.SIGINT)):
+    journal, expected = stopped / "journal.jsonl", (whole / "journal.jsonl").read_bytes()
+    arguments = _arguments(tiny_folder, text, stopped, *options)
+    kept = b""
+    for share, stop in stops:
+        lines = max(1, round(share * expected.count(b"\n")))
         code, stderr = _stop_after_lines(_command(*arguments), journal, lines, stop)
         assert code == (130 if stop == signal.SIGINT else -signal.SIGKILL)
-        assert not (killed / "longrope.json").exists()
+        assert not (stopped / "longrope.json").exists()
+        assert journal.read_bytes().startswith(kept)
         kept = journal.read_bytes()
-        assert lines <= kept.count(b"\n") < total
+        kept = kept[: kept.rfind(b"\n") + 1]
+        assert lines <= kept.count(b"\n") < expected.count(b"\n")
         if stop == signal.SIGINT:
             assert "Traceback" not in stderr
             assert f"longrope search {tiny_folder} --to 4x" in stderr
     assert _run(arguments).exit_code == 0
-    assert journal.read_bytes().startswith(kept[: kept.rfind(b"\n") + 1])
-    assert (killed / "longrope.json").read_bytes() == (whole / "longrope.json").read_bytes()
-    trials = [
-        [json.loads(line)["of"] for line in folder.read_text().splitlines()[1:]]
-        for folder in (journal, whole / "journal.jsonl")
-    ]
-    assert trials[0] == trials[1]
+    assert journal.read_bytes().startswith(kept)
+    assert (stopped / "longrope.json").read_bytes() == (whole / "longrope.json").read_bytes()
+    assert _asked(journal.read_bytes()) == _asked(expected)
+
+
+def _asked(journal: bytes) -> list[Any]:
+    return [json.loads(line)["of"] for line in journal.splitlines()[1:]]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL")
+@pytest.mark.parametrize("options", [GRADIENT, EVOLUTION], ids=["gradient", "evolution"])
+def test_killed_and_interrupted_it_ends_in_the_same_bytes(
+    tiny_folder: Path, text: Path, tmp_path: Path, options: list[str]
+) -> None:
+    _check_stops(tiny_folder, text, tmp_path, options, [(0.3, signal.SIGKILL), (0.7, signal.SIGINT)])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL")
+@pytest.mark.parametrize("options", [GRADIENT, EVOLUTION], ids=["gradient", "evolution"])
+def test_killed_over_and_over_it_ends_in_the_same_bytes(
+    tiny_folder: Path, text: Path, tmp_path: Path, options: list[str]
+) -> None:
+    shares = [0.0, 0.1, 0.2, 0.35, 0.5, 0.6, 0.75, 0.9]
+    _check_stops(tiny_folder, text, tmp_path, options, [(share, signal.SIGKILL) for share in shares])
 
 
 @pytest.fixture(scope="module")

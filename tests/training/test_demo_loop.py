@@ -100,9 +100,7 @@ def test_minutes_shorten_the_run(tmp_path: Path) -> None:
 def test_the_rate_rises_stays_and_falls_to_nothing() -> None:
     settings = Settings(steps=100, warm_up=10, learning_rate=1.0)
     start = round(100 * (1 - DECAY_SHARE))
-    rates = [
-        learning_rate(settings, Progress(step, 0.0, start if step >= start else None)) for step in range(100)
-    ]
+    rates = [learning_rate(settings, Progress(step, 0.0, start if step >= start else None)) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
     assert rates[10 : start + 1] == [1.0] * (start - 9)
     assert np.diff(rates[start:]) == pytest.approx(-1 / (100 - start))

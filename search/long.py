@@ -119,6 +119,7 @@ def _descent(
         documents=evaluator.documents[SEARCH],
         validation_documents=evaluator.documents[VALIDATION],
         bound=config.bound * numbers.scale,
+        turns=numbers.turns,
         generator=np.random.default_rng([seed, 0]),
     )
 

@@ -58,6 +58,7 @@ def _descent(evaluator: Evaluator, numbers: RopeNumbers, config: SearchConfig, p
         documents=documents[SHORT_SEARCH],
         validation_documents=documents[SHORT_VALIDATION],
         bound=_SHORT_BOUND,
+        turns=numbers.turns,
         generator=np.random.default_rng([seed, 1]),
         parts=(SHORT_SEARCH, SHORT_VALIDATION),
     )

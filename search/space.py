@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from longrope_export.errors import ScalingError
+from longrope_export.rope.frequencies import wavelengths
 from longrope_export.rope.methods import Factors, compose, method_factors
 from longrope_export.scaling import RopeScaling, to_float32
 
@@ -74,6 +75,11 @@ class RopeNumbers:
     def existing(self) -> Factors:
         """The set that the model applies now."""
         return Factors(np.array(self.base_factors, dtype=np.float64), self.base_attention_factor)
+
+    @property
+    def turns(self) -> npt.NDArray[np.float64]:
+        """How often each pair turns within the window L, float64 [pairs]."""
+        return self.window / wavelengths(self.rope_theta, self.rotary_dim, self.base_factors)
 
     def unchanged(self) -> Candidate:
         """The candidate that leaves the model as it is."""

@@ -23,11 +23,15 @@ Constraint = Literal["none", "monotone", "paper"]
 class GradientOptions:
     """How the descent moves; `None` for `documents_per_step` takes more documents a step as the budget grows.
 
+    Pairs that turn more than `full_rate_turns` times within the window move slower in proportion: their gradient sums
+    over many turns and is mostly noise, which Adam would scale up to full steps.
+
     Raises `ScalingError` when one is out of range.
     """
 
-    learning_rate: float = 0.08
+    learning_rate: float = 0.12
     attention_rate: float = 0.25
+    full_rate_turns: float = 1.0
     warm_up: float = 0.1
     trust_region: float = 0.15
     average: float = 0.3
@@ -36,7 +40,7 @@ class GradientOptions:
     constraint: Constraint = "none"
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "trust_region"):
+        for name in ("learning_rate", "trust_region", "full_rate_turns"):
             _check(name, getattr(self, name), getattr(self, name) > 0.0, "above 0")
         _check("attention_rate", self.attention_rate, self.attention_rate >= 0.0, "at least 0")
         _check("warm_up", self.warm_up, 0.0 <= self.warm_up < 1.0, "from 0 to below 1")
@@ -67,7 +71,7 @@ class GradientDescent:
 
     Each step takes the next documents of a seeded shuffle. At `checkpoints` evenly spaced steps the average of the
     last iterates is measured on the validation documents; after `patience` of them without a better one it stops.
-    `bound` is the largest λ of the constraint "paper".
+    `bound` is the largest λ of the constraint "paper"; `turns` [pairs] is how often each pair turns within the window.
     """
 
     def __init__(
@@ -80,13 +84,15 @@ class GradientDescent:
         documents: int,
         validation_documents: int,
         bound: float,
+        turns: npt.ArrayLike,
         generator: np.random.Generator,
         parts: tuple[str, str] = (SEARCH, VALIDATION),
     ) -> None:
         self._options, self._plan, self._bound = options, plan, bound
         self._start_tokens = start.start_tokens
         self._position = np.log([*start.factors, start.attention_factor])
-        self._rates = np.append(np.ones(len(start.factors)), options.attention_rate if learn_attention else 0.0)
+        slowed = np.minimum(1.0, options.full_rate_turns / np.asarray(turns, dtype=np.float64))
+        self._rates = np.append(slowed, options.attention_rate if learn_attention else 0.0)
         self._project()
         self._adam = _Adam(len(self._position))
         self._shuffle = _Shuffle(documents, generator)

@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy.typing as npt
 import torch
-from longrope_export.search.config import SearchConfig
-from longrope_export.search.documents import Parts, rows_hash, split_rows
+from longrope_export.search.config import SearchConfig, parse_budget
+from longrope_export.search.documents import SHORT_PIECES, Parts, rows_hash, split_rows
 from longrope_export.search.evaluator import Evaluator
 from longrope_export.search.executors import InProcess
 from longrope_export.search.journal import PLAN, Journal
 from longrope_export.search.long import SEARCHED, LongResult, choose_start_tokens, search_long
 from longrope_export.search.objective import ModelObjective
-from longrope_export.search.plan import GRADIENT_UNITS, Plan, Sizes, make_plan
+from longrope_export.search.plan import GRADIENT_UNITS, Plan, Sizes, Timing, make_plan
 from longrope_export.search.probe import probe
 from longrope_export.search.protocol import (
     SEARCH,
@@ -105,6 +105,7 @@ def search_factors(
     `LongRopeError` for options that do not fit the runtime or a budget that is too small.
     """
     resolved = config.resolve(numbers, kind)
+    check_budget(resolved, numbers)
     init = read_init(resolved, numbers)
     parts = split_rows(
         rows, documents=config.documents, validation=config.validation_documents,
@@ -223,17 +224,31 @@ def read_init(config: SearchConfig, numbers: RopeNumbers) -> Candidate | None:
 
 
 def _new_plan(objective: ModelObjective, numbers: RopeNumbers, config: SearchConfig, parts: Parts) -> Plan:
-    sizes = Sizes(
-        documents=len(parts[SEARCH]),
-        validation=len(parts[VALIDATION]),
-        short_documents=len(parts[SHORT_SEARCH]),
-        short_validation=len(parts[SHORT_VALIDATION]),
+    sizes = _sizes(config, numbers, {part: len(rows) for part, rows in parts.items()})
+    return make_plan(config, sizes, lambda: probe(objective, numbers, config.strategy == "gradient"))
+
+
+def _sizes(config: SearchConfig, numbers: RopeNumbers, documents: Mapping[str, int]) -> Sizes:
+    values = len(config.start_tokens or (0,))
+    return Sizes(
+        documents=documents[SEARCH],
+        validation=documents[VALIDATION],
+        short_documents=documents[SHORT_SEARCH],
+        short_validation=documents[SHORT_VALIDATION],
         baselines=len(config.baselines),
-        starts=len(config.start_tokens or (0,)) - 1,
+        starts=values if values > 1 else 0,
         short_ratio=1.0 / numbers.scale,
     )
-    sizes = replace(sizes, starts=sizes.starts + 1 if sizes.starts else 0)
-    return make_plan(config, sizes, lambda: probe(objective, numbers, config.strategy == "gradient"))
+
+
+def check_budget(config: SearchConfig, numbers: RopeNumbers) -> None:
+    """Raise `LongRopeError` when a resolved configuration's number of evaluations does not pay for one step."""
+    if parse_budget(config.budget).evaluations is None:
+        return
+    pieces = min(SHORT_PIECES, numbers.target // numbers.window)
+    counts = {SEARCH: config.documents, VALIDATION: config.validation_documents}
+    counts |= {SHORT_SEARCH: config.documents * pieces, SHORT_VALIDATION: config.validation_documents * pieces}
+    make_plan(config, _sizes(config, numbers, counts), lambda: Timing(1.0, 1.0, 1.0, 1.0))
 
 
 def _units(numbers: RopeNumbers) -> dict[str, float]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from longrope_export.search.config import SearchConfig
-from longrope_export.search.factors import Progress, SearchResult, read_init, search_factors
+from longrope_export.search.factors import Progress, SearchResult, check_budget, read_init, search_factors
 from longrope_export.search.space import RopeNumbers
 
 from longrope_export.description import ModelDescription, describe
@@ -35,6 +35,7 @@ def run_search(config: SearchConfig, progress: Progress | None = None) -> Search
     description = describe(config.model)
     numbers = numbers_of(description, config.target)
     resolved = config.resolve(numbers, description.kind)
+    check_budget(resolved, numbers)
     read_init(resolved, numbers)
     check_folder(config.out)
     with _threads(config.threads):

@@ -106,6 +106,11 @@ def _names(ctx: click.Context, param: click.Parameter, text: str | None) -> tupl
 @click.option(
     "--attention-rate", type=float, help="gradient: the same for the attention factor, as a share.  [default: 0.25]"
 )
+@click.option(
+    "--full-rate-turns",
+    type=float,
+    help="gradient: pairs that turn more often than this within the window move slower.  [default: 1.0]",
+)
 @click.option("--warm-up", type=float, help="gradient: share of the steps with a rising rate.  [default: 0.1]")
 @click.option("--trust-region", type=float, help="gradient: no log λ moves further in a step.  [default: 0.15]")
 @click.option("--average", type=float, help="gradient: share of the last steps that is averaged.  [default: 0.3]")

@@ -35,8 +35,8 @@ def token_losses(model: nn.Module, input_ids: Tensor, *, chunk: int = 512, posit
     """
     hidden = body_states(model, input_ids, positions)[0, :-1]
     targets = input_ids[0, 1:].to(hidden.device)
-    losses = [_chunk_losses(model, states, wanted) for states, wanted in zip(torch.split(hidden, chunk), torch.split(targets, chunk))]
-    return torch.cat(losses)
+    chunks = zip(torch.split(hidden, chunk), torch.split(targets, chunk))
+    return torch.cat([_chunk_losses(model, states, wanted) for states, wanted in chunks])
 
 
 def body_states(model: nn.Module, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import sysconfig
 import tokenize
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -89,20 +89,22 @@ def training_tests(library: Path | None = None) -> list[Document]:
 
 def _sources(folder: Path, split: Split) -> dict[str, list[Path]]:
     split_of = {name: chosen for chosen, names in HELD_OUT.items() for name in names}
-    sources: dict[str, list[Path]] = {}
-    for file in _source_files(folder):
-        name = file.relative_to(folder).parts[0].removesuffix(".py")
-        if split_of.get(name, "train") == split:
-            sources.setdefault(name, []).append(file)
-    return sources
+    entries = (entry for entry in sorted(folder.iterdir()) if not _skipped(entry.name)) if folder.is_dir() else ()
+    named = ((entry.name.removesuffix(".py"), entry) for entry in entries)
+    found = {name: _files(entry) for name, entry in named if split_of.get(name, "train") == split}
+    return {name: files for name, files in found.items() if files}
 
 
-def _source_files(folder: Path) -> Iterator[Path]:
-    for file in sorted(folder.rglob("*.py"), key=lambda file: file.relative_to(folder).as_posix()):
-        parts = file.relative_to(folder).parts
-        skipped = parts[0] in _SKIPPED_TOP_LEVEL or parts[0].startswith(_SKIPPED_PREFIXES)
-        if not skipped and not set(parts[:-1]) & set(_TEST_FOLDERS):
-            yield file
+def _skipped(name: str) -> bool:
+    return name in _SKIPPED_TOP_LEVEL or name in _TEST_FOLDERS or name.startswith(_SKIPPED_PREFIXES)
+
+
+def _files(entry: Path) -> list[Path]:
+    """The Python files of a module or package, without its tests, in an order that every system agrees on."""
+    if not entry.is_dir():
+        return [entry] if entry.suffix == ".py" else []
+    files = (file.relative_to(entry) for file in entry.rglob("*.py"))
+    return [entry / file for file in sorted(files, key=Path.as_posix) if not set(file.parts[:-1]) & set(_TEST_FOLDERS)]
 
 
 def _tests_of(file: Path) -> set[str]:

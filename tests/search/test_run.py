@@ -280,6 +280,7 @@ OPTIONS: list[tuple[list[str], str, Any]] = [
     (["--constraint", "paper"], "gradient.constraint", "paper"),
     (["--learning-rate", "0.2"], "gradient.learning_rate", 0.2),
     (["--attention-rate", "0.5"], "gradient.attention_rate", 0.5),
+    (["--full-rate-turns", "4"], "gradient.full_rate_turns", 4.0),
     (["--warm-up", "0.3"], "gradient.warm_up", 0.3),
     (["--trust-region", "0.01"], "gradient.trust_region", 0.01),
     (["--average", "0.5"], "gradient.average", 0.5),

@@ -118,3 +118,10 @@ def test_a_closed_form_on_top_of_a_scaling_is_the_one_that_extend_writes(name: s
     assert record.long_attention_factor == pytest.approx(expected.long_attention_factor, rel=1e-6)
     assert record.short_attention_factor == pytest.approx(1.1)
     assert closed_form(name, numbers, attention_factor=1.25).attention_factor == 1.25
+
+
+def test_turns_are_those_of_the_present_frequencies() -> None:
+    plain = RopeNumbers(rope_theta=10000.0, rotary_dim=48, window=256, target=2048)
+    scaled = RopeNumbers(rope_theta=10000.0, rotary_dim=48, window=256, target=2048, base_factors=(2.0,) * 24)
+    assert plain.turns[0] == pytest.approx(256 / (2 * np.pi))
+    np.testing.assert_allclose(scaled.turns, plain.turns / 2)

@@ -67,11 +67,12 @@ def _evolution(evaluations: int = 10_000, seed: int = 0, space: PaperSpace | Non
 
 
 def _descent(
-    plan: Descent, seed: int = 0, start: Candidate | None = None, learn: bool = True, **options: Any
+    plan: Descent, seed: int = 0, start: Candidate | None = None, learn: bool = True, turns: float = 0.5, **options: Any
 ) -> GradientDescent:
     return GradientDescent(
         start or closed_form("pi", NUMBERS), GradientOptions(**options), plan, learn_attention=learn,
-        documents=DOCUMENTS, validation_documents=2, bound=4.2, generator=np.random.default_rng(seed),
+        documents=DOCUMENTS, validation_documents=2, bound=4.2, turns=[turns] * 8,
+        generator=np.random.default_rng(seed),
     )  # fmt: skip
 
 
@@ -238,6 +239,15 @@ def test_without_a_constraint_the_optimum_may_fall_again() -> None:
     assert factors[-1] < factors[-2]
 
 
+@pytest.mark.parametrize(("turns", "full_rate_turns", "share"), [(0.5, 1.0, 1.0), (4.0, 1.0, 0.25), (4.0, 2.0, 0.5)])
+def test_fast_pairs_move_slower_in_proportion_to_their_turns(
+    turns: float, full_rate_turns: float, share: float
+) -> None:
+    seen = _run(_descent(Descent(2, 1, 1), turns=turns, full_rate_turns=full_rate_turns, trust_region=9.0))
+    first, second = (np.log(trial.candidate.factors) for trial in seen[:2])
+    assert np.abs(second - first).max() == pytest.approx(0.12 * share, rel=1e-4)
+
+
 def test_no_factor_moves_further_than_the_trust_region() -> None:
     steps = [
         trial.candidate
@@ -276,7 +286,8 @@ def test_a_gradient_that_is_not_finite_is_an_error() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"learning_rate": 0.0}, {"trust_region": 0.0}, {"attention_rate": -1.0}, {"warm_up": 1.0}, {"average": 1.1},
+    [{"learning_rate": 0.0}, {"trust_region": 0.0}, {"full_rate_turns": 0.0},
+     {"attention_rate": -1.0}, {"warm_up": 1.0}, {"average": 1.1},
      {"patience": 0}, {"documents_per_step": 0}, {"constraint": "convex"}],
 )  # fmt: skip
 def test_the_descent_s_options_are_checked(options: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Time and memory of `longrope patch` against `cp` plus a sync of the copy, on a GGUF of random bytes.
 
-    python benchmarks/patch_speed.py [--gigabytes 4.0] [--rounds 5] [--folder .]
+    python benchmarks/patch_speed.py [--gigabytes 2.2] [--rounds 5] [--folder .]
 
 Each round runs cp and patch in turn (order alternating), both on a source in the page cache; the median start-up
 (`longrope --help`) is subtracted from patch. Prints the median of the rounds' ratios and the child's peak memory.
@@ -31,7 +31,7 @@ LONGROPE = [sys.executable, "-c", "from longrope_export.cli.main import main; ma
 def main() -> None:
     """Parse the options, measure, print JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=4.0)
+    parser.add_argument("--gigabytes", type=float, default=2.2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path())
     parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)

@@ -96,8 +96,9 @@ def _short_share(config: SearchConfig) -> float:
 
 def _plan_evolution(config: SearchConfig, sizes: Sizes, passes: float, timing: Timing | None) -> Plan:
     ratio = timing.short_forward / timing.forward if timing else sizes.short_ratio
-    short = math.floor(passes * _short_share(config) / ratio / sizes.short_documents)
-    short = 0 if short < _FEWEST_SHORT_EVALUATIONS else min(short, _MOST_SHORT_EVALUATIONS)
+    most = min(_MOST_SHORT_EVALUATIONS, config.evolution.quarter().evaluations)
+    short = min(math.floor(passes * _short_share(config) / ratio / sizes.short_documents), most)
+    short = 0 if short < min(_FEWEST_SHORT_EVALUATIONS, most) else short
     left = passes - short * sizes.short_documents * ratio
     evaluations = min(config.evolution.evaluations, math.floor(left / sizes.documents))
     if evaluations < 1:

@@ -11,7 +11,7 @@ from longrope_export.search.evaluator import Evaluator
 from longrope_export.search.plan import Plan
 from longrope_export.search.protocol import SHORT_SEARCH, SHORT_VALIDATION, Strategy
 from longrope_export.search.space import Candidate, PaperSpace, RopeNumbers
-from longrope_export.search.strategies.evolution import Evolution, EvolutionOptions
+from longrope_export.search.strategies.evolution import Evolution
 from longrope_export.search.strategies.gradient import Descent, GradientDescent
 
 # The paper lowers the largest λ for the short set; its published short sets reach 2 to 5.
@@ -65,15 +65,6 @@ def _descent(evaluator: Evaluator, numbers: RopeNumbers, config: SearchConfig, p
 
 
 def _evolution(evaluator: Evaluator, numbers: RopeNumbers, config: SearchConfig, plan: Plan, seed: int) -> Strategy:
-    sizes = config.evolution
-    quarter = EvolutionOptions(
-        population=max(1, sizes.population // 4),
-        iterations=sizes.iterations,
-        mutations=sizes.mutations // 4,
-        crossovers=sizes.crossovers // 4,
-        parents=max(2, sizes.parents // 4),
-        mutation_probability=sizes.mutation_probability,
-    )
     return Evolution(
         PaperSpace(
             numbers.pairs,
@@ -82,7 +73,7 @@ def _evolution(evaluator: Evaluator, numbers: RopeNumbers, config: SearchConfig,
             tuple(n for n in config.start_tokens or (0,) if n < numbers.window),
         ),
         [numbers.unchanged()],
-        quarter,
+        config.evolution.quarter(),
         documents=evaluator.documents[SHORT_SEARCH],
         evaluations=plan.short_evaluations,
         attention_factor=1.0,

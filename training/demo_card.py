@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from longrope_export.evaluation.documents import load_tokenizer, rows_from_texts
-from longrope_export.evaluation.passkey import evaluate_passkey
+from longrope_export.evaluation.passkey import Mode, evaluate_passkey
 from longrope_export.evaluation.perplexity import evaluate_perplexity
 from longrope_export.evaluation.stdlib_corpus import HELD_OUT, Split, documents, file_hashes
 
@@ -52,7 +52,7 @@ def measure(folder: Path, *, trials: int, generated: bool = True, library: Path 
     texts = [(document.name, document.text) for document in documents("report", library=library)]
     rows = rows_from_texts(texts, tokenizer, window, REPORT_ROWS)
     perplexity = evaluate_perplexity(model, rows, [window]).at(window).perplexity
-    mode = "both" if generated else "forced"
+    mode: Mode = "both" if generated else "forced"
     keys = evaluate_passkey(model, tokenizer, [window], trials, PASSKEY_SEED, mode)
     forced = keys.accuracy(window, "forced")
     assert forced is not None

@@ -176,7 +176,7 @@ def progress_printer(settings: Settings, minutes: float | None, every: float = 1
             left = min(left, minutes - progress.seconds / 60)
         click.echo(
             f"step {progress.step:,}/{progress.total(settings.steps):,}  loss {progress.loss:.3f}  "
-            f"{rate * settings.rows * 256:,.0f} tokens/s  {left:.0f} min left",
+            f"{rate * settings.rows * Shape().window:,.0f} tokens/s  {left:.0f} min left",
             err=True,
         )
 

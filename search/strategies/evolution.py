@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from longrope_export.search.evaluator import mean_by_candidate
@@ -39,6 +39,16 @@ class EvolutionOptions:
             raise ScalingError(
                 f"the mutation probability is {self.mutation_probability}; it must be above 0, at most 1"
             )
+
+    def quarter(self) -> EvolutionOptions:
+        """A population a quarter as large, for the short set."""
+        return replace(
+            self,
+            population=max(1, self.population // 4),
+            mutations=self.mutations // 4,
+            crossovers=self.crossovers // 4,
+            parents=max(2, self.parents // 4),
+        )
 
     @property
     def evaluations(self) -> int:

@@ -37,7 +37,11 @@ def file_tree() -> str:
     lines = ["longrope-export/"]
     for folder in FOLDERS:
         lines += [f"  {folder}/", *_folder_lines(ROOT / folder, 2)]
-    lines += ["  tests/                    the same folders", "  docs/", "  .ci/run                   everything, from scratch"]
+    lines += [
+        "  tests/                    the same folders",
+        "  docs/",
+        "  .ci/run                   everything, from scratch",
+    ]
     return "```text\n" + "\n".join(lines) + "\n```"
 
 

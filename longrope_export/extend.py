@@ -48,7 +48,9 @@ class ExtendOptions:
             raise click.UsageError("give either --method (closed form) or --data (search)")
         if self.method and (searching := [name for name in ("strategy", "budget", "documents") if getattr(self, name)]):
             raise click.UsageError(f"--{searching[0]} belongs to a search; --method needs none")
-        if self.data and (own := [name for name in ("method_options", "short", "attention_factor") if getattr(self, name)]):
+        if self.data and (
+            own := [name for name in ("method_options", "short", "attention_factor") if getattr(self, name)]
+        ):
             raise click.UsageError(f"--{_FLAGS.get(own[0], own[0])} belongs to --method; a search finds its own")
 
 
@@ -62,11 +64,15 @@ def run_extend(options: ExtendOptions, *, report: Report, dry_run: bool = False)
     plan = _output(options, description, target)
     plan.check_free(overwrite=options.overwrite)
     if options.data and _runtime(options, plan) == "hf" and plan.gguf_name and not options.allow_lossy:
-        raise click.UsageError("--for hf may find what a GGUF cannot hold: add --no-gguf or --allow-lossy, or leave it out")
+        raise click.UsageError(
+            "--for hf may find what a GGUF cannot hold: add --no-gguf or --allow-lossy, or leave it out"
+        )
     result = _header(options, description, target, plan)
     if dry_run:
         return result | {"lossy": [], "notes": ["dry run: nothing was written"]}
-    found = _closed_form(options, description, target) if options.method else _searched(options, description, target, plan)
+    found = (
+        _closed_form(options, description, target) if options.method else _searched(options, description, target, plan)
+    )
     written = pipeline.write_extended(
         description,
         found.scaling,
@@ -135,9 +141,7 @@ def _closed_form(options: ExtendOptions, description: ModelDescription, target: 
     return Found(scaling, [])
 
 
-def _searched(
-    options: ExtendOptions, description: ModelDescription, target: int, plan: pipeline.OutputPlan
-) -> Found:
+def _searched(options: ExtendOptions, description: ModelDescription, target: int, plan: pipeline.OutputPlan) -> Found:
     """Search beside the output, in OUT.search, so that a stopped search is continued by the same command."""
     from longrope_export.search.progress import SearchProgress
     from longrope_export.search.run import JOURNAL, SearchConfig, run_search

@@ -54,7 +54,9 @@ def test_the_rooms_do_not_import_one_another() -> None:
 def test_every_package_is_listed_for_the_wheel() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     found = {
-        str(file.parent.relative_to(ROOT)).replace("/", ".") for room in ROOMS for file in (ROOT / room).rglob("__init__.py")
+        str(file.parent.relative_to(ROOT)).replace("/", ".")
+        for room in ROOMS
+        for file in (ROOT / room).rglob("__init__.py")
     }
     expected = {name if name.startswith("longrope_export") else f"longrope_export.{name}" for name in found}
     assert set(settings["packages"]) == expected
@@ -78,7 +80,9 @@ def test_light_commands_import_neither_torch_nor_transformers(arguments: list[st
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("module", ["longrope_export", "longrope_export.cli.patch", "longrope_export.converters.gguf.patch"])
+@pytest.mark.parametrize(
+    "module", ["longrope_export", "longrope_export.cli.patch", "longrope_export.converters.gguf.patch"]
+)
 def test_import_works_where_posix_calls_are_missing(module: str) -> None:
     script = (
         "import os, sys, importlib\n"

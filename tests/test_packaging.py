@@ -42,7 +42,11 @@ def run(environment: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_only_our_package_is_put_into_site_packages(environment: Path) -> None:
     site = next(environment.rglob("site-packages"))
-    ours = [entry for entry in site.iterdir() if entry.name.startswith(("longrope", "search", "training", "converters", "tests"))]
+    ours = [
+        entry
+        for entry in site.iterdir()
+        if entry.name.startswith(("longrope", "search", "training", "converters", "tests"))
+    ]
     assert sorted(entry.name for entry in ours if entry.suffix != ".dist-info") == ["longrope_export"]
     assert (site / "longrope_export" / "search" / "strategies").is_dir()
     assert (site / "longrope_export" / "py.typed").exists()
@@ -76,7 +80,9 @@ def test_gguf_commands_work_without_torch(environment: Path, smollm2: Path, tmp_
 def test_commands_that_need_torch_say_so_in_one_line(environment: Path, smollm2: Path, tmp_path: Path) -> None:
     text = tmp_path / "book.txt"
     text.write_text("word " * 100)
-    result = run(environment, "longrope", "search", str(smollm2), "--to", "4x", "--data", str(text), "--out", str(tmp_path / "o"))
+    result = run(
+        environment, "longrope", "search", str(smollm2), "--to", "4x", "--data", str(text), "--out", str(tmp_path / "o")
+    )
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1
     assert "longrope-export[model]" in result.stderr

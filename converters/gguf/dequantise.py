@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from longrope_export.converters.gguf.pre_tokenizers import PRE_TOKENIZERS, pre_tokenizer_json
 from longrope_export.converters.hf_config import json_text
 
 from longrope_export.errors import InputFileError, MissingDependencyError, UnsupportedModelError
 from longrope_export.files import write_text
 from longrope_export.formats.gguf_header import GgufHeader
 from longrope_export.formats.hf_config import read_json
+from longrope_export.formats.pre_tokenizers import PRE_TOKENIZERS, pre_tokenizer_json
 from longrope_export.formats.records import CONFIG_FILE
 
 TORCH_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}

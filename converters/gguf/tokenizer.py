@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longrope_export.converters.gguf.pre_tokenizers import pre_tokenizer_name
-
 from longrope_export.errors import InputFileError, UnsupportedModelError
 from longrope_export.formats.hf_config import read_json
+from longrope_export.formats.pre_tokenizers import pre_tokenizer_name
 
 # llama.h, llama_token_type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)

@@ -15,11 +15,15 @@ from longrope_export.cli.common import LENGTH, name_values, print_json
 @click.command(short_help="Give a model a longer window: find factors, embed them, check them.")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--to", required=True, type=LENGTH, help="New window: 32k, 16384, or 4x the present one.")
-@click.option("--out", type=click.Path(path_type=Path), help="File or folder to write [default: named after the model].")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="File or folder to write [default: named after the model]."
+)
 @click.option("--method", help="Closed form instead of a search: yarn, ntk, critical-dim, pi, … (see docs/methods.md).")
 @click.option("--option", "method_options", multiple=True, callback=name_values, metavar="NAME=VALUE",
               help="An option of the method, e.g. beta_fast=64; repeatable.")  # fmt: skip
-@click.option("--short", type=click.Choice(["same", "original"]), help="Short sequences: same factors, or as they were.")
+@click.option(
+    "--short", type=click.Choice(["same", "original"]), help="Short sequences: same factors, or as they were."
+)
 @click.option("--attention-factor", type=float, help="Replace the method's own attention factor.")
 @click.option(
     "--data", multiple=True, type=click.Path(path_type=Path), help="Texts to search on: files or folders; repeatable."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from longrope_export.errors import InputFileError, TextTooShortError
+from longrope_export.formats.gguf_header import read_gguf_header
+from longrope_export.formats.pre_tokenizers import PRE_TOKENIZERS, pre_tokenizer_json
 
 # A larger file is read up to its last line break before this many bytes: that is more text than any run reads.
 MAX_BYTES = 64 << 20
@@ -85,11 +88,30 @@ def load_tokenizer(model: str | os.PathLike[str]) -> Any:
         raise InputFileError(f"{path} does not exist; name a model folder or a GGUF file")
     try:
         if path.is_file():
-            return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+            tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+            correct_pre_tokenizer(tokenizer, str(read_gguf_header(path).get("tokenizer.ggml.pre")))
+            return tokenizer
         return AutoTokenizer.from_pretrained(str(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputFileError(f"{path} has no tokenizer that transformers can read: {reason}") from error
+
+
+def correct_pre_tokenizer(tokenizer: Any, name: str) -> None:
+    """Split text as llama.cpp's pre-tokenizer `name` does; an unknown name changes nothing.
+
+    transformers' GGUF import takes GPT-2's whatever the file says, so that 123 stays one piece where the model learned
+    digits.
+    """
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or name not in PRE_TOKENIZERS or not isinstance(backend.model, BPE):
+        return
+    values = {"pre_tokenizer": pre_tokenizer_json(name), "model": {"type": "BPE", "vocab": {}, "merges": []}}
+    backend.pre_tokenizer = Tokenizer.from_str(json.dumps(values)).pre_tokenizer
+    backend.model.ignore_merges = PRE_TOKENIZERS[name].ignore_merges
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:

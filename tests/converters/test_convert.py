@@ -17,11 +17,6 @@ import numpy as np
 import pytest
 from longrope_export.converters.gguf.convert import convert_to_gguf
 from longrope_export.converters.gguf.patch import patch_gguf
-from longrope_export.converters.gguf.pre_tokenizers import (
-    PRE_TOKENIZERS,
-    pre_tokenizer_json,
-    pre_tokenizer_name,
-)
 from longrope_export.converters.gguf.tokenizer import read_tokenizer
 from longrope_export.converters.gguf.weights import permute_pairs
 from longrope_export.converters.hf_folder import write_hf_folder
@@ -37,6 +32,11 @@ from longrope_export.errors import (
 )
 from longrope_export.formats.gguf_header import read_gguf_header
 from longrope_export.formats.gguf_tensors import read_tensor
+from longrope_export.formats.pre_tokenizers import (
+    PRE_TOKENIZERS,
+    pre_tokenizer_json,
+    pre_tokenizer_name,
+)
 from longrope_export.formats.records import read_scaling
 from longrope_export.runtimes import llamacpp
 

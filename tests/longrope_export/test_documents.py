@@ -11,6 +11,7 @@ import pytest
 from longrope_export.errors import InputFileError, TextTooShortError
 from longrope_export.evaluation import documents
 from longrope_export.evaluation.documents import (
+    correct_pre_tokenizer,
     data_hash,
     encode,
     evaluation_rows,
@@ -174,3 +175,13 @@ def test_a_path_without_a_tokenizer_is_named(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "no")
     with pytest.raises(InputFileError, match=f"{tmp_path.name} has no tokenizer"):
         load_tokenizer(tmp_path)
+
+
+def test_a_gguf_tokenizer_splits_digits_as_llama_cpp_does(smollm2: Path) -> None:
+    from longrope_export.runtimes.llamacpp import tokenize
+
+    texts = ["born in 1987,   1234567 times", "x =    31.5  # 10:45\n\treturn   2**16"]
+    tokenizer = load_tokenizer(smollm2)
+    assert [encode(tokenizer, text) for text in texts] == tokenize(smollm2, texts)
+    correct_pre_tokenizer(tokenizer, "gpt-2")
+    assert [encode(tokenizer, text) for text in texts] != tokenize(smollm2, texts)

@@ -37,7 +37,13 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 def write_llama3_gguf(path: Path, freqs: np.ndarray[Any, Any]) -> None:
     """A two-tensor Llama-3.1-like GGUF: `rope_freqs.weight` stands between the weights."""
     writer = gguf.GGUFWriter(str(path), "llama")
-    for key, value in (("context_length", 131072), ("embedding_length", 64), ("block_count", 1), ("feed_forward_length", 64), ("vocab_size", 1)):
+    for key, value in (
+        ("context_length", 131072),
+        ("embedding_length", 64),
+        ("block_count", 1),
+        ("feed_forward_length", 64),
+        ("vocab_size", 1),
+    ):
         writer.add_uint32(f"llama.{key}", value)
     writer.add_uint32("llama.attention.head_count", 2)
     writer.add_uint32("llama.rope.dimension_count", 32)
@@ -137,7 +143,9 @@ def test_dry_run_writes_nothing(smollm2: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_existing_output_is_kept_unless_overwrite(smollm2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_existing_output_is_kept_unless_overwrite(
+    smollm2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     target = tmp_path / "a.gguf"
     target.write_text("mine")
     assert "exists already" in refused(capsys, smollm2, "--to", "4x", "--method", "yarn", "--out", target)
@@ -165,7 +173,9 @@ def test_wrong_input_is_one_line(
 
 def test_a_file_that_is_not_a_model_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(3))
-    assert "truncated" in refused(capsys, tmp_path / "a.gguf", "--to", "4x", "--method", "yarn", "--out", tmp_path / "b")
+    assert "truncated" in refused(
+        capsys, tmp_path / "a.gguf", "--to", "4x", "--method", "yarn", "--out", tmp_path / "b"
+    )
     assert "does not exist" in refused(capsys, tmp_path / "no.gguf", "--to", "4x", "--method", "yarn")
 
 

@@ -4,11 +4,14 @@ silently.
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING
 
 from longrope_export.errors import LossyTargetError
 from longrope_export.scaling import RopeScaling
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 
 def gguf_losses(scaling: RopeScaling) -> list[str]:
@@ -51,6 +54,8 @@ def undone_losses(existing: npt.NDArray[np.float64], scaling: RopeScaling, sourc
 
     A record holds total divisors, so this is one that was made without looking at the model's own scaling.
     """
+    import numpy as np
+
     strength = float(np.log(existing).sum())
     if strength <= 0 or float(np.log(np.asarray(scaling.short_factor)).sum()) >= 0.5 * strength:
         return []

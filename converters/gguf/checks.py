@@ -4,16 +4,19 @@ wrongly.
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING
+
 from longrope_export.converters.lossy import gguf_losses, refuse_losses, undone_losses
 
 from longrope_export.errors import InputFileError, ScalingError, UnsupportedModelError
 from longrope_export.formats.gguf_header import GgufHeader
 from longrope_export.formats.gguf_scaling import STATIC_TENSOR
-from longrope_export.formats.gguf_tensors import read_tensor
 from longrope_export.gguf_architectures import GGUF_ARCHITECTURES, gguf_architecture
 from longrope_export.scaling import RopeScaling, to_float32
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 LLAMA_CPP_DEFAULT_THETA = 10000.0
 
@@ -36,7 +39,9 @@ def existing_factors(header: GgufHeader) -> npt.NDArray[np.float64] | None:
     """
     if header.tensor(STATIC_TENSOR) is None:
         return None
-    return read_tensor(header, STATIC_TENSOR).astype(np.float64).reshape(-1)
+    from longrope_export.formats.gguf_tensors import read_tensor
+
+    return read_tensor(header, STATIC_TENSOR).astype("float64").reshape(-1)
 
 
 def _architecture(header: GgufHeader) -> str:
@@ -124,6 +129,8 @@ def composition_losses(header: GgufHeader, scaling: RopeScaling) -> list[str]:
     existing = existing_factors(header)
     if existing is None:
         return []
+    import numpy as np
+
     if existing.shape != (scaling.rotary_dim // 2,) or not np.all(np.isfinite(existing) & (existing > 0)):
         raise InputFileError(f"{header.path} has a damaged {STATIC_TENSOR}; download or convert it again")
     return undone_losses(existing, scaling, STATIC_TENSOR)

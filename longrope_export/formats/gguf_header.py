@@ -15,8 +15,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-
 from longrope_export.errors import InputFileError
 from longrope_export.formats.ggml_types import block_layout
 
@@ -136,6 +134,8 @@ class GgufHeader:
         raw = read_range(self.path, entry.elements, entry.end)
         if entry.array_type == STRING:
             return _decode_strings(raw, entry.array_length)
+        import numpy as np  # only here: patching needs no arrays, and numpy takes a tenth of a second
+
         return np.frombuffer(raw, SCALARS[entry.array_type][1])
 
 

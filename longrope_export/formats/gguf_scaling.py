@@ -5,11 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from longrope_export.errors import InputFileError
 from longrope_export.formats.gguf_header import FLOAT32, UINT32, UINT64, GgufHeader, TensorInfo
-from longrope_export.formats.gguf_tensors import read_raw
 from longrope_export.formats.hf_scaling import check_agreement
 from longrope_export.gguf_architectures import GGUF_ARCHITECTURES
 from longrope_export.scaling import MAX_ROTARY_DIM, Factors, RopeScaling
@@ -71,6 +68,10 @@ def read_factors(header: GgufHeader, name: str) -> Factors | None:
         raise InputFileError(
             f"{header.path}: the tensor {name} must be one F32 row of at most {MAX_ROTARY_DIM // 2} values"
         )
+    import numpy as np
+
+    from longrope_export.formats.gguf_tensors import read_raw
+
     return tuple(np.frombuffer(read_raw(header, name), "<f4").astype(float).tolist())
 
 

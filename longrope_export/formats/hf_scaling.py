@@ -18,7 +18,6 @@ from longrope_export.formats.hf_config import (
     short,
     text_config,
 )
-from longrope_export.rope.formulas import longrope_attention_factor
 from longrope_export.scaling import RopeScaling
 
 RECORD_KEY = "longrope_export"
@@ -152,6 +151,8 @@ def _attention_factor(parameters: Mapping[str, Any], original: int, window: int)
     factor = window / original if parameters.get("factor") is None else _number(parameters, "factor")
     if parameters.get("attention_factor") is not None:
         return _number(parameters, "attention_factor")
+    from longrope_export.rope.formulas import longrope_attention_factor  # numpy, which a patch can do without
+
     return longrope_attention_factor(factor, original)
 
 

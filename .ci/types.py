@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ ROOMS = ("longrope_export", "search", "training", "converters")
 def main() -> None:
     """Build the wheel, unpack it, check it strictly from an empty folder, and compare the number of files."""
     expected = sum(len(list((ROOT / room).rglob("*.py"))) for room in ROOMS)
+    shutil.rmtree(ROOT / "build", ignore_errors=True)  # setuptools would pack files that are gone from the sources
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         site, empty = folder / "site", folder / "empty"

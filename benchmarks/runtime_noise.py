@@ -17,10 +17,10 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+
 from longrope_export.converters.gguf.patch import patch_gguf
 from longrope_export.converters.probe import write_probe
 from longrope_export.converters.verify import verify
-
 from longrope_export.formats.gguf_header import GgufHeader, read_gguf_header
 from longrope_export.formats.gguf_tensors import read_tensor
 from longrope_export.scaling import RopeScaling

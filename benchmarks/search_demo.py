@@ -19,18 +19,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from longrope_export.search.evaluator import Evaluator
-from longrope_export.search.executors import InProcess
-from longrope_export.search.factors import search_factors
-from longrope_export.search.objective import ModelObjective
-from longrope_export.search.run import SearchConfig, numbers_of
-from longrope_export.search.space import Candidate, RopeNumbers, closed_form
 
 import longrope_export
 from longrope_export.description import describe
 from longrope_export.evaluation.documents import bos_ids, encode, load_tokenizer
 from longrope_export.evaluation.stdlib_corpus import Split, documents
 from longrope_export.loader import load
+from longrope_export.search.evaluator import Evaluator
+from longrope_export.search.executors import InProcess
+from longrope_export.search.factors import search_factors
+from longrope_export.search.objective import ModelObjective
+from longrope_export.search.run import SearchConfig, numbers_of
+from longrope_export.search.space import Candidate, RopeNumbers, closed_form
 
 DEMO_MODEL = Path(longrope_export.__file__).parent / "demo_model"
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from longrope_export.converters import recipes
-
 from longrope_export.scaling import RopeScaling
 
 

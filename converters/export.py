@@ -11,7 +11,6 @@ from longrope_export.converters.gguf.checks import check_patchable
 from longrope_export.converters.gguf.convert import plan_conversion, write_conversion
 from longrope_export.converters.gguf.patch import patch_gguf
 from longrope_export.converters.hf_folder import gguf_to_hf_folder, write_hf_folder
-
 from longrope_export.files import atomic_folder, write_text
 from longrope_export.formats.gguf_header import read_gguf_header
 from longrope_export.formats.records import RECORD_FILE

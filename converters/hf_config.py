@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from longrope_export.converters.lossy import undone_losses
-
 from longrope_export.errors import ScalingError, UnsupportedModelError
 from longrope_export.families import FULL, SLIDING, Family, family_for_config, head_dim, rotary_dim
 from longrope_export.formats.hf_config import LONGROPE_TYPES, HfRope, count, rope_by_layer_type, text_config

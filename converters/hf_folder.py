@@ -17,7 +17,6 @@ from longrope_export.converters.gguf.dequantise import (
 from longrope_export.converters.hf_config import extended_config, json_text, language_model
 from longrope_export.converters.lossy import hf_losses, refuse_losses
 from longrope_export.converters.safetensors import write_safetensors_metadata
-
 from longrope_export.errors import InputFileError, UnsupportedModelError
 from longrope_export.files import MANIFEST, atomic_folder, atomic_output, write_text
 from longrope_export.formats.gguf_header import read_gguf_header

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from longrope_export.converters.hypotheses import Regime
 
+from longrope_export.converters.hypotheses import Regime
 from longrope_export.errors import LongRopeError
 from longrope_export.runtimes import llamacpp
 from longrope_export.scaling import RopeScaling

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from longrope_export.converters.copying import copy_range
 from longrope_export.converters.gguf.encode import encode_entry, encode_head, encode_string, encode_tensor_info
-
 from longrope_export.errors import UnsupportedModelError
 from longrope_export.files import atomic_output
 from longrope_export.formats.gguf_header import (

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from longrope_export.converters.copying import copy_range
-
 from longrope_export.errors import OutputError
 from longrope_export.files import atomic_output
 from longrope_export.formats.safetensors_header import (

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from longrope_export.converters.discrimination import Array, Judgement, Verdict, judge
 from longrope_export.converters.hypotheses import Regime, alternatives, mistakes
 from longrope_export.converters.prefix_plan import REGIMES, Limits, Plan, plan_folder, plan_gguf
 from longrope_export.converters.probe import BLOCKS, write_probe
 from longrope_export.converters.prompts import prompt_ids, random_ids
-
 from longrope_export.errors import InputFileError, RuntimeFailure
 from longrope_export.formats.ggml_types import type_name
 from longrope_export.formats.gguf_header import read_gguf_header

@@ -10,13 +10,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
-from longrope_export.search.space import START_TOKENS, RopeNumbers
-from longrope_export.search.strategies.evolution import EvolutionOptions
-from longrope_export.search.strategies.gradient import GradientOptions
-
 from longrope_export.errors import LongRopeError, ScalingError
 from longrope_export.rope.formulas import longrope_attention_factor, yarn_attention_factor
 from longrope_export.rope.methods import METHODS
+from longrope_export.search.space import START_TOKENS, RopeNumbers
+from longrope_export.search.strategies.evolution import EvolutionOptions
+from longrope_export.search.strategies.gradient import GradientOptions
 
 StrategyName = Literal["gradient", "evolution"]
 Runtime = Literal["auto", "hf", "gguf"]

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
-from longrope_export.search.protocol import SEARCH, SHORT_SEARCH, SHORT_VALIDATION, VALIDATION
 
 from longrope_export.errors import TextTooShortError
+from longrope_export.search.protocol import SEARCH, SHORT_SEARCH, SHORT_VALIDATION, VALIDATION
 
 Row = npt.NDArray[np.int64]
 Parts = dict[str, tuple[Row, ...]]

@@ -11,6 +11,12 @@ from typing import Any, Protocol
 
 import numpy.typing as npt
 import torch
+from torch import nn
+
+from longrope_export import __version__
+from longrope_export.errors import InputFileError, ScalingError
+from longrope_export.fingerprint import fingerprint_model
+from longrope_export.scaling import RopeScaling
 from longrope_export.search.config import SearchConfig, parse_budget
 from longrope_export.search.documents import SHORT_PIECES, Parts, rows_hash, split_rows
 from longrope_export.search.evaluator import Evaluator
@@ -30,12 +36,6 @@ from longrope_export.search.protocol import (
 )
 from longrope_export.search.short import ShortResult, search_short
 from longrope_export.search.space import Candidate, RopeNumbers
-from torch import nn
-
-from longrope_export import __version__
-from longrope_export.errors import InputFileError, ScalingError
-from longrope_export.fingerprint import fingerprint_model
-from longrope_export.scaling import RopeScaling
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from longrope_export.search.protocol import Outcome, Trial
-
 from longrope_export.errors import InputFileError, OutputError, StaleStateError
+from longrope_export.search.protocol import Outcome, Trial
 
 FORMAT = "longrope-search-journal/1"
 # Decided once, from measured times: a resumed search takes it from the journal instead of comparing it.

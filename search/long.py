@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+
+from longrope_export.errors import NumericalError, UnsupportedModelError
 from longrope_export.search.config import SearchConfig
 from longrope_export.search.evaluator import Evaluator
 from longrope_export.search.plan import Plan
@@ -14,8 +16,6 @@ from longrope_export.search.protocol import SEARCH, VALIDATION
 from longrope_export.search.space import Candidate, PaperSpace, RopeNumbers, closed_form
 from longrope_export.search.strategies.evolution import Evolution
 from longrope_export.search.strategies.gradient import Descent, GradientDescent
-
-from longrope_export.errors import NumericalError, UnsupportedModelError
 
 # Algorithm 1's seeds. The paper says YaRN, which is frequency-linear; the released code seeds with the
 # wavelength-linear variant alone, and with neither PI nor NTK.

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from longrope_export.search.protocol import Outcome, Trial
-from longrope_export.search.space import Candidate, RopeNumbers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longrope_export.evaluation.losses import body_states, check_head, head_logits
 from longrope_export.rotary import FixedRotary, family_of, replace_rotary
+from longrope_export.search.protocol import Outcome, Trial
+from longrope_export.search.space import Candidate, RopeNumbers
 
 Documents = Mapping[str, Sequence[npt.NDArray[np.int64]]]
 

@@ -7,9 +7,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from longrope_export.search.config import DEFAULT_EVALUATIONS, DEFAULT_SECONDS, Budget, SearchConfig, parse_budget
-
 from longrope_export.errors import LongRopeError
+from longrope_export.search.config import DEFAULT_EVALUATIONS, DEFAULT_SECONDS, Budget, SearchConfig, parse_budget
 
 # A gradient costs its forward pass and a backward pass, which counts as two more.
 GRADIENT_UNITS = 3.0

@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TextIO
 
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
 from longrope_export.search.plan import GRADIENT_UNITS, Plan
 from longrope_export.search.protocol import SEARCH, Outcome, Trial
 from longrope_export.search.space import Candidate
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 
 _SECONDS_BETWEEN_LINES = 15.0
 

@@ -7,14 +7,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from longrope_export.search.config import SearchConfig
-from longrope_export.search.factors import Progress, SearchResult, check_budget, read_init, search_factors
-from longrope_export.search.space import RopeNumbers
-
 from longrope_export.description import ModelDescription, describe
 from longrope_export.errors import LongRopeError, OutputError, UnsupportedModelError
 from longrope_export.files import write_text
 from longrope_export.fingerprint import fingerprint
+from longrope_export.search.config import SearchConfig
+from longrope_export.search.factors import Progress, SearchResult, check_budget, read_init, search_factors
+from longrope_export.search.space import RopeNumbers
 
 __all__ = ["JOURNAL", "RECORD", "SearchConfig", "SearchResult", "numbers_of", "run_search", "search_factors"]
 

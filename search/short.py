@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+
 from longrope_export.search.config import SearchConfig
 from longrope_export.search.evaluator import Evaluator
 from longrope_export.search.plan import Plan

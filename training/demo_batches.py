@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
-from longrope_export.training.demo_retrieval import Material, row
-from longrope_export.training.demo_tokenizer import BOS_ID
 
 from longrope_export.evaluation.stdlib_corpus import Document
+from longrope_export.training.demo_retrieval import Material, row
+from longrope_export.training.demo_tokenizer import BOS_ID
 
 # (rows seen, share of each kind of row): linear in between, constant after the last. Repetition comes first because
 # it starts induction; passkeys alone taught nothing in the first million tokens of an earlier trial.

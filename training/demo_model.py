@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
-from longrope_export.training.demo_batches import LIBRARY_REPEATS, batch, training_material
-from longrope_export.training.demo_card import Run, card, held_out_record, measure
-from longrope_export.training.demo_loop import Progress, Settings, keep_freed_memory, train
-from longrope_export.training.demo_retrieval import Material
-from longrope_export.training.demo_tokenizer import BOS_ID, train_tokenizer, write_tokenizer
 
 from longrope_export.errors import LongRopeError
 from longrope_export.evaluation import passkey
 from longrope_export.evaluation.stdlib_corpus import documents, training_tests
 from longrope_export.files import atomic_output, write_text
+from longrope_export.training.demo_batches import LIBRARY_REPEATS, batch, training_material
+from longrope_export.training.demo_card import Run, card, held_out_record, measure
+from longrope_export.training.demo_loop import Progress, Settings, keep_freed_memory, train
+from longrope_export.training.demo_retrieval import Material
+from longrope_export.training.demo_tokenizer import BOS_ID, train_tokenizer, write_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -7,7 +7,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from longrope_export.converters.lossy import gguf_losses, refuse_losses, undone_losses
-
 from longrope_export.errors import InputFileError, ScalingError, UnsupportedModelError
 from longrope_export.formats.gguf_header import GgufHeader
 from longrope_export.formats.gguf_scaling import STATIC_TENSOR

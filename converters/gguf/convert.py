@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from longrope_export.converters.gguf.scaling_keys import scaling_entries
 from longrope_export.converters.gguf.tokenizer import GgufTokenizer, read_tokenizer
 from longrope_export.converters.gguf.weights import (
@@ -24,7 +25,6 @@ from longrope_export.converters.gguf.weights import (
 from longrope_export.converters.hf_config import LanguageModel, language_model
 from longrope_export.converters.hf_folder import model_shards
 from longrope_export.converters.lossy import gguf_losses, refuse_losses
-
 from longrope_export.errors import InputFileError, UnsupportedModelError
 from longrope_export.files import atomic_output
 from longrope_export.formats.gguf_scaling import LONG_TENSOR, SHORT_TENSOR, STATIC_TENSOR

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from longrope_export.converters.hf_config import json_text
-
 from longrope_export.errors import InputFileError, MissingDependencyError, UnsupportedModelError
 from longrope_export.files import write_text
 from longrope_export.formats.gguf_header import GgufHeader

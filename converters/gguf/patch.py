@@ -15,7 +15,6 @@ from longrope_export.converters.copying import copy_range
 from longrope_export.converters.gguf.checks import check_patchable
 from longrope_export.converters.gguf.encode import encode_entry, encode_head, encode_tensor_info
 from longrope_export.converters.gguf.scaling_keys import SCALING_TENSORS, is_removed, scaling_entries
-
 from longrope_export.errors import OutputError
 from longrope_export.files import atomic_output
 from longrope_export.formats.gguf_header import GgufHeader, TensorInfo, align, read_gguf_header, read_range

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+
+from longrope_export.errors import ScalingError
 from longrope_export.search.evaluator import mean_by_candidate
 from longrope_export.search.protocol import SEARCH, Outcome, Trial
 from longrope_export.search.space import Candidate, Individual, PaperSpace
-
-from longrope_export.errors import ScalingError
 
 # Draws of a child that was seen before, until the child is given up: only a nearly exhausted grid comes to this.
 _DRAWS = 100

@@ -9,11 +9,11 @@ from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
+
+from longrope_export.errors import NumericalError, ScalingError
 from longrope_export.search.evaluator import mean_by_candidate
 from longrope_export.search.protocol import SEARCH, VALIDATION, Outcome, Trial
 from longrope_export.search.space import Candidate
-
-from longrope_export.errors import NumericalError, ScalingError
 
 Array = npt.NDArray[np.float64]
 Constraint = Literal["none", "monotone", "paper"]

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from longrope_export import RopeScaling
 from longrope_export.converters.gguf.convert import convert_to_gguf
 from longrope_export.converters.gguf.patch import patch_gguf
 from longrope_export.converters.gguf.tokenizer import read_tokenizer
 from longrope_export.converters.gguf.weights import permute_pairs
 from longrope_export.converters.hf_folder import write_hf_folder
-
-from longrope_export import RopeScaling
 from longrope_export.errors import (
     InputFileError,
     LossyTargetError,
@@ -270,8 +270,9 @@ def test_llama_cpp_tokenizes_alike_with_every_known_pre_tokenizer(
 
 
 def test_llama_cpp_tokenizes_smollm2_alike(smollm2: Path, corpus: list[str], tmp_path: Path) -> None:
-    from longrope_export.converters.gguf.dequantise import _correct_tokenizer
     from transformers import AutoTokenizer
+
+    from longrope_export.converters.gguf.dequantise import _correct_tokenizer
 
     AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name).save_pretrained(tmp_path)
     wrong = AutoTokenizer.from_pretrained(tmp_path)

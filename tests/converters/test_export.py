@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from longrope_export.converters.export import export_model
-from longrope_export.converters.gguf.convert import convert_to_gguf
-from longrope_export.converters.hf_folder import gguf_to_hf_folder
 
 from longrope_export import RopeScaling
 from longrope_export.cli.main import cli
+from longrope_export.converters.export import export_model
+from longrope_export.converters.gguf.convert import convert_to_gguf
+from longrope_export.converters.hf_folder import gguf_to_hf_folder
 from longrope_export.errors import LossyTargetError, OutputError, ScalingError, UnsupportedModelError
 from longrope_export.files import check_manifest
 from longrope_export.formats.gguf_header import read_gguf_header

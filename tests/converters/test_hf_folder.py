@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from longrope_export.converters.hf_config import extended_config, longrope_parameters
-from longrope_export.converters.hf_folder import write_hf_folder
 
 from longrope_export import RopeScaling
+from longrope_export.converters.hf_config import extended_config, longrope_parameters
+from longrope_export.converters.hf_folder import write_hf_folder
 from longrope_export.errors import (
     InputFileError,
     LossyTargetError,

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from longrope_export.converters.gguf.checks import existing_factors
-from longrope_export.converters.gguf.patch import patch_gguf
 
 from longrope_export import RopeScaling
 from longrope_export.cli.main import cli, main
+from longrope_export.converters.gguf.checks import existing_factors
+from longrope_export.converters.gguf.patch import patch_gguf
 from longrope_export.errors import (
     InputFileError,
     LossyTargetError,

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from longrope_export import RopeScaling
 from longrope_export.converters.gguf.encode import encode_entry, encode_head, encode_tensor_info
 from longrope_export.converters.gguf.patch import patch_gguf
 from longrope_export.converters.hf_config import extended_config, json_text
 from longrope_export.converters.safetensors import write_safetensors_metadata
-from safetensors.numpy import save_file
-
-from longrope_export import RopeScaling
 from longrope_export.formats.records import read_scaling
 
 REALS = st.floats(min_value=2.0**-20, max_value=2.0**20, width=32)

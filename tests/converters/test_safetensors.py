@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from longrope_export.converters.safetensors import write_safetensors_metadata
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from longrope_export.converters.safetensors import write_safetensors_metadata
 from longrope_export.errors import InputFileError, OutputError
 from longrope_export.formats.safetensors_header import read_safetensors_header
 

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+
+from longrope_export.cli.main import cli, main
 from longrope_export.converters import verify as verification
 from longrope_export.converters.discrimination import judge
 from longrope_export.converters.gguf.patch import patch_gguf
@@ -20,8 +22,6 @@ from longrope_export.converters.prefix_plan import Limits, plan_folder, plan_ggu
 from longrope_export.converters.probe import write_probe
 from longrope_export.converters.prompts import prompt_ids, random_ids, standard_library_text
 from longrope_export.converters.verify import verify
-
-from longrope_export.cli.main import cli, main
 from longrope_export.errors import InputFileError, LongRopeError, RuntimeFailure, TextTooShortError
 from longrope_export.formats.gguf_header import read_gguf_header
 from longrope_export.formats.gguf_tensors import read_raw

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from longrope_export.converters.gguf.patch import patch_gguf
 
+from longrope_export.converters.gguf.patch import patch_gguf
 from longrope_export.errors import InputFileError, RuntimeFailure
 from longrope_export.runtimes import llamacpp
 from longrope_export.scaling import RopeScaling

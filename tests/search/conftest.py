@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+
 from longrope_export.search.space import RopeNumbers
 
 WINDOW, TARGET = 32, 128

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from longrope_export.search.evaluator import Evaluator
-from longrope_export.search.run import SearchConfig, numbers_of, search_factors
-from longrope_export.search.space import Candidate, closed_form
 
 import longrope_export
 from longrope_export.description import describe
 from longrope_export.evaluation.documents import load_tokenizer, rows_from_texts
 from longrope_export.evaluation.stdlib_corpus import Split, documents
+from longrope_export.search.evaluator import Evaluator
+from longrope_export.search.run import SearchConfig, numbers_of, search_factors
+from longrope_export.search.space import Candidate, closed_form
 
 DEMO = Path(longrope_export.__file__).parent / "demo_model"
 CARD = json.loads((DEMO / "heldout.json").read_text()) if (DEMO / "heldout.json").exists() else {}
@@ -30,10 +30,10 @@ def _rows(split: Split, tokenizer: Any, length: int, count: int) -> list[Any]:
 @pytest.mark.skipif(CARD.get("report_perplexity", math.inf) > 200.0, reason="the demo model is not trained yet")
 def test_fifteen_evaluations_of_gradient_beat_yarn_on_unseen_text_at_4x() -> None:
     import torch
-    from longrope_export.search.executors import InProcess
-    from longrope_export.search.objective import ModelObjective
 
     from longrope_export.loader import load
+    from longrope_export.search.executors import InProcess
+    from longrope_export.search.objective import ModelObjective
 
     torch.set_num_threads(1)
     numbers = numbers_of(describe(DEMO), "4x")

@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+
+from longrope_export.errors import InputFileError, OutputError, StaleStateError
 from longrope_export.search.evaluator import Evaluator
 from longrope_export.search.journal import Journal
 from longrope_export.search.protocol import SEARCH, Outcome, Trial
 from longrope_export.search.space import Candidate
-
-from longrope_export.errors import InputFileError, OutputError, StaleStateError
 
 HEADER = {
     "model": "abc",

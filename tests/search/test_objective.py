@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from longrope_export.search.objective import CHUNK, ModelObjective, activation_bytes
-from longrope_export.search.protocol import Trial
-from longrope_export.search.space import Candidate, RopeNumbers, closed_form
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from longrope_export.errors import UnsupportedModelError
 from longrope_export.rotary import rotary_module
+from longrope_export.search.objective import CHUNK, ModelObjective, activation_bytes
+from longrope_export.search.protocol import Trial
+from longrope_export.search.space import Candidate, RopeNumbers, closed_form
 
 LONG = tuple(float(value) for value in np.linspace(1.0, 5.0, 16))
 

@@ -6,13 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+
+from longrope_export.errors import LongRopeError, ScalingError
 from longrope_export.search.config import Budget, SearchConfig, parse_budget
 from longrope_export.search.plan import Plan, Sizes, Timing, make_plan
 from longrope_export.search.space import RopeNumbers
 from longrope_export.search.strategies.evolution import EvolutionOptions
 from longrope_export.search.strategies.gradient import GradientOptions
-
-from longrope_export.errors import LongRopeError, ScalingError
 
 NUMBERS = RopeNumbers(rope_theta=10000.0, rotary_dim=32, window=256, target=2048)
 SIZES = Sizes(

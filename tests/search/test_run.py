@@ -16,11 +16,6 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner
-from longrope_export.search.plan import Plan
-from longrope_export.search.progress import SearchProgress
-from longrope_export.search.protocol import SEARCH, Outcome, Trial
-from longrope_export.search.run import SearchConfig, run_search
-from longrope_export.search.space import Candidate
 
 from longrope_export.cli.search import search, search_config
 from longrope_export.errors import (
@@ -33,6 +28,11 @@ from longrope_export.errors import (
     UnsupportedModelError,
 )
 from longrope_export.scaling import RopeScaling
+from longrope_export.search.plan import Plan
+from longrope_export.search.progress import SearchProgress
+from longrope_export.search.protocol import SEARCH, Outcome, Trial
+from longrope_export.search.run import SearchConfig, run_search
+from longrope_export.search.space import Candidate
 
 GRADIENT = ["--budget", "30", "--documents", "2", "--validation-documents", "2", "--threads", "1"]
 EVOLUTION = [

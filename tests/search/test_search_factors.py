@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+from longrope_export.errors import LongRopeError, StaleStateError, TextTooShortError, UnsupportedModelError
+from longrope_export.scaling import RopeScaling
 from longrope_export.search.documents import short_pieces, split_rows
 from longrope_export.search.evaluator import Evaluator
 from longrope_export.search.executors import InProcess
@@ -19,9 +22,6 @@ from longrope_export.search.run import SearchConfig
 from longrope_export.search.space import Candidate, closed_form
 from longrope_export.search.strategies.evolution import EvolutionOptions
 from longrope_export.search.strategies.gradient import GradientOptions
-
-from longrope_export.errors import LongRopeError, StaleStateError, TextTooShortError, UnsupportedModelError
-from longrope_export.scaling import RopeScaling
 
 GRADIENT: dict[str, Any] = {"budget": "40", "documents": 2, "validation_documents": 2, "short_share": 0.1}
 SMALL = EvolutionOptions(population=6, iterations=3, mutations=4, crossovers=4, parents=4)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from longrope_export.search.space import START_TOKENS, Candidate, Individual, PaperSpace, RopeNumbers, closed_form
 
 from longrope_export.errors import ScalingError
 from longrope_export.rope.methods import method_scaling
+from longrope_export.search.space import START_TOKENS, Candidate, Individual, PaperSpace, RopeNumbers, closed_form
 
 NUMBERS = RopeNumbers(rope_theta=10000.0, rotary_dim=48, window=256, target=2048)
 SPACE = PaperSpace(24, 10.0)

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from longrope_export.errors import NumericalError, ScalingError
 from longrope_export.search.evaluator import Evaluator
 from longrope_export.search.executors import InProcess
 from longrope_export.search.protocol import SEARCH, VALIDATION, Executor, Outcome, Strategy, Trial
 from longrope_export.search.space import Candidate, PaperSpace, RopeNumbers, closed_form
 from longrope_export.search.strategies.evolution import Evolution, EvolutionOptions
 from longrope_export.search.strategies.gradient import Descent, GradientDescent, GradientOptions, isotonic
-
-from longrope_export.errors import NumericalError, ScalingError
 
 NUMBERS = RopeNumbers(rope_theta=10000.0, rotary_dim=16, window=256, target=1024)
 GOAL = np.log([1.0, 1.0, 1.3, 2.0, 3.0, 4.0, 4.5, 4.2])

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from longrope_export.training.demo_loop import DECAY_SHARE, Progress, Settings, learning_rate, train
-from longrope_export.training.demo_model import Shape, new_model
 
 from longrope_export.errors import StaleStateError
+from longrope_export.training.demo_loop import DECAY_SHARE, Progress, Settings, learning_rate, train
+from longrope_export.training.demo_model import Shape, new_model
 
 TINY = Shape(vocabulary=64, window=16, hidden=32, intermediate=32, layers=1, heads=2, kv_heads=1)
 SETTINGS = Settings(steps=12, rows=8, micro_rows=2, warm_up=2)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+
 from longrope_export.training import demo_model
 from longrope_export.training.demo_model import Shape, main, new_model
 

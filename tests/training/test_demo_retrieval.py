@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from longrope_export.training.demo_batches import CURRICULUM, batch, shares, training_material
-from longrope_export.training.demo_retrieval import ANSWER, GENERATORS, TEXT, Material, row
 from tokenizers import Tokenizer
 
 from longrope_export.demo import demo_model_path
 from longrope_export.evaluation.documents import load_tokenizer
 from longrope_export.evaluation.passkey import INTRODUCTION, KEY_SENTENCE, QUESTION, build_prompt
 from longrope_export.evaluation.stdlib_corpus import HELD_OUT, Document
+from longrope_export.training.demo_batches import CURRICULUM, batch, shares, training_material
+from longrope_export.training.demo_retrieval import ANSWER, GENERATORS, TEXT, Material, row
 
 WINDOW = 256
 

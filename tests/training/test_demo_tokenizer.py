@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from longrope_export.converters.gguf.convert import convert_to_gguf
 
+from longrope_export.converters.gguf.convert import convert_to_gguf
 from longrope_export.demo import demo_model_path
 from longrope_export.evaluation.documents import load_tokenizer
 from longrope_export.evaluation.stdlib_corpus import documents

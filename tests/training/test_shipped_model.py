@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from longrope_export.training.demo_card import PASSKEY_SEED, card_numbers, measure
 from safetensors import safe_open
 
 from longrope_export.demo import demo_model_path
 from longrope_export.evaluation.documents import encode, load_tokenizer
 from longrope_export.evaluation.passkey import first_number, forced_correct, generated_text, passkey_prompts
 from longrope_export.evaluation.stdlib_corpus import Split, documents, file_hashes
+from longrope_export.training.demo_card import PASSKEY_SEED, card_numbers, measure
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from typing import Any
 
@@ -49,3 +50,12 @@ def name_values(ctx: click.Context, param: click.Parameter, values: tuple[str, .
         except json.JSONDecodeError:
             result[name.replace("-", "_")] = value
     return result
+
+
+def quiet_libraries() -> None:
+    """Keep transformers' bars and remarks off stderr, where our own progress and errors stand.
+
+    Through the environment, before its import: wrong input is refused without waiting for that.
+    """
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from longrope_export.cli.common import print_json
+from longrope_export.cli.common import print_json, quiet_libraries
 
 if TYPE_CHECKING:
     from longrope_export.demo_run import DemoResult
@@ -30,6 +30,7 @@ def demo(as_json: bool, **options: Any) -> None:
     Example:
       longrope demo --out demo-output
     """
+    quiet_libraries()
     from longrope_export.demo_run import DemoOptions, run_demo
 
     given = {name: value for name, value in options.items() if value is not None}
@@ -45,13 +46,14 @@ def demo(as_json: bool, **options: Any) -> None:
 def _show(result: DemoResult) -> None:
     from rich.console import Console
 
+    from longrope_export.cli.verify import print_report
     from longrope_export.evaluation.tables import render_comparison
 
     console = Console()
     console.print(render_comparison(result.comparison))
     console.print(_passkey_table(result.passkey, result.comparison.window))
     if result.verification is not None:
-        console.print(result.verification.render())
+        print_report(result.verification)
     console.print(f"written: {result.written.target}  (model card: {result.written.target}/README.md)", highlight=False)
     for line in result.written.notes:
         click.echo(f"note: {line}")

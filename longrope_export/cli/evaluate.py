@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from longrope_export.cli.common import LENGTH, print_json, resolve_length
+from longrope_export.cli.common import LENGTH, print_json, quiet_libraries, resolve_length
 from longrope_export.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -85,6 +85,8 @@ def evaluate(as_json: bool, **options: Any) -> None:
       longrope eval MODEL --methods unchanged,pi,ntk,yarn --to 8x --data book.txt --lengths 1x,2x,4x,8x
     """
     from longrope_export.description import describe
+
+    quiet_libraries()
     from longrope_export.evaluation.run import run_evaluation
 
     description = describe(options["model"])

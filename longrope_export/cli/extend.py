@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from longrope_export.cli.common import LENGTH, name_values, print_json
+from longrope_export.cli.common import LENGTH, name_values, print_json, quiet_libraries
 
 
 @click.command(short_help="Give a model a longer window: find factors, embed them, check them.")
@@ -56,6 +56,8 @@ def extend(**options: Any) -> None:
     """
     from longrope_export.extend import ExtendOptions, run_extend
 
+    if options["data"] or options["hf"] or options["verify"]:
+        quiet_libraries()
     as_json, dry_run = options.pop("as_json"), options.pop("dry_run")
     command = " ".join(["longrope", *map(shlex.quote, sys.argv[1:])])
     try:

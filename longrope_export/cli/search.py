@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from longrope_export.cli.common import LENGTH, print_json
+from longrope_export.cli.common import LENGTH, print_json, quiet_libraries
 
 if TYPE_CHECKING:
     from longrope_export.search.factors import SearchResult
@@ -140,6 +140,7 @@ def search(as_json: bool, **options: Any) -> None:
       longrope search ./model --to 8x --data texts/ --strategy evolution --out factors
       longrope patch model.gguf --scaling factors/longrope.json --out longer.gguf
     """
+    quiet_libraries()
     from longrope_export.search.progress import SearchProgress
     from longrope_export.search.run import run_search
 

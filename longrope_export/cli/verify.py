@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from longrope_export.cli.common import print_json
+from longrope_export.cli.common import print_json, quiet_libraries
 
 if TYPE_CHECKING:
     from longrope_export.converters.verify import RegimeResult, VerificationReport
@@ -53,7 +52,7 @@ def verify(
     from longrope_export.converters.verify import verify as run
     from longrope_export.formats.records import read_scaling
 
-    _quieten()
+    quiet_libraries()
     report = run(
         path,
         read_scaling(scaling) if scaling else None,
@@ -115,11 +114,3 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputFileError(f"{path} cannot be read as UTF-8 text: {error}") from None
-
-
-def _quieten() -> None:
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()

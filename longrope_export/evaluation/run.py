@@ -202,13 +202,9 @@ def standard_library_rows(tokenizer: Any, length: int, documents: int | None = N
 
 def _load(options: EvaluateOptions, scaling: RopeScaling | None) -> Any:
     import torch
-    from transformers.utils import logging
 
     from longrope_export.loader import load
 
-    # Its bars and its reminder that the prompt is longer than the window would stand between our lines.
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
     if options.threads:
         torch.set_num_threads(options.threads)
     keywords: dict[str, Any] = {} if options.dtype is None else {"dtype": getattr(torch, options.dtype)}

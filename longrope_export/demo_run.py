@@ -26,16 +26,18 @@ Say = Callable[[str], None]
 class DemoOptions:
     """Sizes of the demo; the defaults fit into five minutes on two cores.
 
-    Budgets are in evaluations (forward passes over all search documents; a gradient counts three).
+    Budgets are in evaluations: forward passes over all documents of that search; a gradient counts three. Descent takes
+    one text a step, so that more texts cost it nothing and generalise better; Algorithm 1 has the paper's five.
     """
 
     out: Path
     factor: int = 8
-    search_documents: int = 4
+    gradient_documents: int = 16
+    gradient_budget: int = 20
+    evolution_documents: int = 5
+    evolution_budget: int = 64
     validation_documents: int = 2
     report_documents: int = 16
-    gradient_budget: int = 60
-    evolution_budget: int = 64
     passkeys: int = 20
     seed: int = 0
     verify: bool = True
@@ -99,7 +101,7 @@ def _lengths(window: int, target: int) -> list[int]:
 def _rows(tokenizer: Any, target: int, options: DemoOptions) -> dict[Split, list[Row]]:
     """Disjoint texts: to search on, to choose on, and to report on."""
     counts: dict[Split, int] = {
-        "search": options.search_documents,
+        "search": max(options.gradient_documents, options.evolution_documents),
         "validation": options.validation_documents,
         "report": options.report_documents,
     }
@@ -116,16 +118,19 @@ def _searches(
     from longrope_export.search.run import SearchConfig, numbers_of, search_factors
 
     numbers = numbers_of(description, f"{options.factor}x")
-    texts = [row.token_ids for row in [*rows["search"], *rows["validation"]]]
     found, spent = {}, {}
-    budgets = {"evolution": options.evolution_budget, "gradient": options.gradient_budget}
-    for strategy, budget in budgets.items():
-        say(f"search: {strategy}, {budget} evaluations of {options.search_documents} documents")
+    sizes = {
+        "evolution": (options.evolution_documents, options.evolution_budget),
+        "gradient": (options.gradient_documents, options.gradient_budget),
+    }
+    for strategy, (count, budget) in sizes.items():
+        say(f"search: {strategy}, {budget} evaluations of {count} documents")
+        texts = [row.token_ids for row in [*rows["search"][:count], *rows["validation"]]]
         config = SearchConfig(
             strategy=strategy,  # type: ignore[arg-type]
             target=f"{options.factor}x",
             budget=str(budget),
-            documents=options.search_documents,
+            documents=count,
             validation_documents=options.validation_documents,
             seed=options.seed,
             runtime="gguf",

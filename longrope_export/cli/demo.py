@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @click.command(short_help="The whole job on the embedded model, in a few minutes.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("demo-output"), show_default=True,
               help="Folder to write.")  # fmt: skip
-@click.option("--gradient-budget", type=int, help="Evaluations of the gradient search.  [default: 60]")
+@click.option("--gradient-budget", type=int, help="Evaluations of the gradient search.  [default: 20]")
 @click.option("--evolution-budget", type=int, help="Evaluations of Algorithm 1; 1344 is the paper's.  [default: 64]")
 @click.option("--report-documents", type=int, help="Unseen documents in the table.  [default: 16]")
 @click.option("--passkeys", type=int, help="Passkey prompts a length.  [default: 20]")

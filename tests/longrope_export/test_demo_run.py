@@ -12,7 +12,14 @@ from longrope_export.demo_run import DemoOptions, DemoResult, run_demo
 from longrope_export.files import check_manifest
 from longrope_export.formats.records import read_scaling
 
-SMALL = {"gradient_budget": 24, "evolution_budget": 8, "search_documents": 2, "report_documents": 3, "passkeys": 2}
+SMALL = {
+    "gradient_budget": 12,
+    "gradient_documents": 4,
+    "evolution_budget": 8,
+    "evolution_documents": 2,
+    "report_documents": 3,
+    "passkeys": 2,
+}
 
 
 @pytest.fixture(scope="module")

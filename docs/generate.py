@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import click
@@ -71,6 +72,15 @@ def _block(title: str, text: str) -> str:
     return f"## {title}\n\n```text\n{text}\n```"
 
 
+def main() -> None:
+    """Write both files; with `--check` only tell, by the exit code, whether they are current."""
+    pages = {REFERENCE: command_reference(), README: readme()}
+    if sys.argv[1:] == ["--check"]:
+        stale = [path.name for path, text in pages.items() if path.read_text() != text]
+        sys.exit(f"not current: {', '.join(stale)}; run: make docs" if stale else 0)
+    for path, text in pages.items():
+        path.write_text(text)
+
+
 if __name__ == "__main__":
-    REFERENCE.write_text(command_reference())
-    README.write_text(readme())
+    main()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from longrope_export.formats.records import CONFIG_FILE, read_scaling
 from longrope_export.runtimes import llamacpp
 from longrope_export.scaling import RopeScaling
 from longrope_export.tolerances import FLOAT32, Tolerance, for_ggml_types
+from longrope_export.versions import versions
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ def verify(
         regimes=tuple(results),
         notes=tuple(dict.fromkeys(notes)),
         probe=probe,
-        versions=_versions(),
+        versions=versions(),
         seconds=round(time.monotonic() - begin, 1),
     )
 
@@ -134,14 +133,6 @@ def _targets(place: Path) -> list[Path]:
     found += sorted(place.glob("*.gguf"))
     if not found:
         raise InputFileError(f"{place} holds no {CONFIG_FILE} and no .gguf file; there is nothing to verify")
-    return found
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in ("longrope-export", "xllamacpp", "transformers", "torch"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
     return found
 
 

@@ -18,6 +18,7 @@ from longrope_export.evaluation.stdlib_corpus import Split, documents
 from longrope_export.evaluation.tables import ComparisonTable, compare_methods
 from longrope_export.loader import load
 from longrope_export.scaling import RopeScaling
+from longrope_export.versions import versions
 
 Say = Callable[[str], None]
 
@@ -191,7 +192,7 @@ def _write(
         command=f"longrope demo --seed {options.seed}",
         table=table_cells(comparison),
         table_caption=f"Perplexity on {len(comparison.documents)} documents that nothing was chosen on.",
-        versions=pipeline.versions(),
+        versions=versions(),
     )
     return pipeline.write_extended(description, scaling, plan, card=card, dtype="f32")
 

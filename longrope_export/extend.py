@@ -13,6 +13,7 @@ import click
 from longrope_export import pipeline
 from longrope_export.description import ModelDescription, describe
 from longrope_export.scaling import RopeScaling
+from longrope_export.versions import versions
 
 Report = Callable[[str], None]
 PROBE_ABOVE = 500_000_000
@@ -196,7 +197,7 @@ def _card(options: ExtendOptions, description: ModelDescription, target: int, fo
         command=options.command,
         table=found.table,
         table_caption=found.caption,
-        versions=pipeline.versions(),
+        versions=versions(),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -238,21 +237,3 @@ def _write_card(folder: Path, contents: CardContents) -> None:
     if readme.exists():
         readme.replace(folder / "README.original.md")
     write_text(readme, model_card(contents))
-
-
-def versions() -> dict[str, str]:
-    """Versions of what took part, for cards and provenance; packages that are not installed are left out."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"longrope-export": __version__}
-    for name in ("torch", "transformers", "gguf", "xllamacpp"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def can_verify() -> bool:
-    """Whether both sides of `verify` are installed: transformers with torch, and a llama.cpp."""
-    return all(importlib.util.find_spec(name) for name in ("torch", "transformers", "xllamacpp"))

@@ -108,7 +108,7 @@ class SearchConfig:
     def resolve(self, numbers: RopeNumbers, kind: str) -> SearchConfig:
         """The same search with nothing left open, for a model of `kind` "hf" or "gguf".
 
-        Raises `LongRopeError` for what a GGUF cannot hold: a second attention factor, or start tokens.
+        Raises `LongRopeError` for start tokens, which a GGUF cannot hold.
         """
         runtime: Runtime = ("gguf" if kind == "gguf" else "hf") if self.runtime == "auto" else self.runtime
         attention = self.attention or _default_attention(runtime, self.strategy)
@@ -121,7 +121,7 @@ class SearchConfig:
         starts = tuple(dict.fromkeys((0, *(value for value in starts if value < numbers.target))))
         resolved = replace(self, runtime=runtime, attention=attention, learn_attention=learn, start_tokens=starts)
         if runtime == "gguf":
-            _check_gguf(resolved, numbers)
+            _check_gguf(resolved)
         resolved.attention_factor(numbers)
         return resolved
 
@@ -157,12 +157,7 @@ def _default_attention(runtime: str, strategy: str) -> str:
     return "su" if strategy == "evolution" else "method"
 
 
-def _check_gguf(config: SearchConfig, numbers: RopeNumbers) -> None:
-    if config.learn_attention or config.attention_factor(numbers) != 1.0:
-        raise LongRopeError(
-            "a GGUF holds one attention factor for short and long sequences: leave --attention and --learn-attention "
-            "out, or search with --for hf"
-        )
+def _check_gguf(config: SearchConfig) -> None:
     if config.start_tokens != (0,):
         raise LongRopeError("a GGUF cannot hold start tokens: leave --start-tokens out, or search with --for hf")
 

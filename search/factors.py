@@ -156,12 +156,14 @@ class _Search:
         tried: Mapping[int, float] = {}
         if self.config.strategy == "gradient":
             long, tried = choose_start_tokens(self.evaluator, long, self.config, self.plan)
-        short = search_short(self.evaluator, self.numbers, self.config, self.plan, seed)
+        # A GGUF holds one attention factor, which short sequences get as well.
+        shared = long.candidate.attention_factor if self.config.runtime == "gguf" else 1.0
+        short = search_short(self.evaluator, self.numbers, self.config, self.plan, seed, shared)
         return self._result(long, tried, short)
 
     def _result(self, long: LongResult, tried: Mapping[int, float], short: ShortResult) -> SearchResult:
         searched, chosen_on = self._spent((SEARCH, SHORT_SEARCH)), self._spent((VALIDATION, SHORT_VALIDATION))
-        short_chosen = "original" if short.candidate == self.numbers.unchanged() else SEARCHED
+        short_chosen = "original" if short.candidate.factors == self.numbers.unchanged().factors else SEARCHED
         provenance = {
             "method": "search",
             "strategy": self.config.strategy,
@@ -218,7 +220,8 @@ def read_init(config: SearchConfig, numbers: RopeNumbers) -> Candidate | None:
             f"{config.init} has {record.rotary_dim // 2} factors, the model needs {numbers.pairs}: another model's"
         )
     factors = [total / base for total, base in zip(record.long_factor, numbers.base_factors)]
-    attention = 1.0 if config.runtime == "gguf" else record.long_attention_factor / numbers.base_attention_factor
+    given = config.attention_factor(numbers)
+    attention = record.long_attention_factor / numbers.base_attention_factor if given is None else given
     start_tokens = 0 if config.runtime == "gguf" else record.long_start_tokens
     return Candidate(tuple(factors), attention, start_tokens)
 

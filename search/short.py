@@ -29,16 +29,17 @@ class ShortResult:
 
 
 def search_short(
-    evaluator: Evaluator, numbers: RopeNumbers, config: SearchConfig, plan: Plan, seed: int
+    evaluator: Evaluator, numbers: RopeNumbers, config: SearchConfig, plan: Plan, seed: int, attention: float
 ) -> ShortResult:
     """Search at length L with the short set; it replaces the original only if its validation perplexity is lower by
-    more than `config.short_margin` (a share). Nothing is searched when the plan gives it no budget.
+    more than `config.short_margin` (a share). Both have the attention factor `attention`. Nothing is searched when the
+    plan gives it no budget.
     """
-    original = numbers.unchanged()
+    original = numbers.unchanged(attention)
     if not (plan.short_steps or plan.short_evaluations):
         return ShortResult(original)
-    strategy = _evolution(evaluator, numbers, config, plan, seed) if plan.short_evaluations else (
-        _descent(evaluator, numbers, config, plan, seed)
+    strategy = _evolution(evaluator, original, numbers, config, plan, seed) if plan.short_evaluations else (
+        _descent(evaluator, original, numbers, config, plan, seed)
     )  # fmt: skip
     evaluator.run(strategy)
     candidates = list(dict.fromkeys([original, *strategy.finalists()]))
@@ -49,10 +50,12 @@ def search_short(
     return ShortResult(candidates[found] if better else original, before, after)
 
 
-def _descent(evaluator: Evaluator, numbers: RopeNumbers, config: SearchConfig, plan: Plan, seed: int) -> Strategy:
+def _descent(
+    evaluator: Evaluator, original: Candidate, numbers: RopeNumbers, config: SearchConfig, plan: Plan, seed: int
+) -> Strategy:
     documents = evaluator.documents
     return GradientDescent(
-        numbers.unchanged(),
+        original,
         config.gradient,
         Descent(plan.short_steps, 1, 1),
         learn_attention=False,
@@ -65,7 +68,9 @@ def _descent(evaluator: Evaluator, numbers: RopeNumbers, config: SearchConfig, p
     )
 
 
-def _evolution(evaluator: Evaluator, numbers: RopeNumbers, config: SearchConfig, plan: Plan, seed: int) -> Strategy:
+def _evolution(
+    evaluator: Evaluator, original: Candidate, numbers: RopeNumbers, config: SearchConfig, plan: Plan, seed: int
+) -> Strategy:
     return Evolution(
         PaperSpace(
             numbers.pairs,
@@ -73,11 +78,11 @@ def _evolution(evaluator: Evaluator, numbers: RopeNumbers, config: SearchConfig,
             config.step,
             tuple(n for n in config.start_tokens or (0,) if n < numbers.window),
         ),
-        [numbers.unchanged()],
+        [original],
         config.evolution.quarter(),
         documents=evaluator.documents[SHORT_SEARCH],
         evaluations=plan.short_evaluations,
-        attention_factor=1.0,
+        attention_factor=original.attention_factor,
         generator=np.random.default_rng([seed, 1]),
         part=SHORT_SEARCH,
     )

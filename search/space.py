@@ -81,9 +81,9 @@ class RopeNumbers:
         """How often each pair turns within the window L, float64 [pairs]."""
         return self.window / wavelengths(self.rope_theta, self.rotary_dim, self.base_factors)
 
-    def unchanged(self) -> Candidate:
-        """The candidate that leaves the model as it is."""
-        return Candidate((1.0,) * self.pairs)
+    def unchanged(self, attention_factor: float = 1.0) -> Candidate:
+        """The candidate that leaves the model's frequencies as they are, and its attention unless a factor is given."""
+        return Candidate((1.0,) * self.pairs, attention_factor)
 
     def total_factors(self, candidate: Candidate) -> tuple[float, ...]:
         """Total divisors of the unscaled frequencies, float32: the candidate times what the model has now."""

@@ -96,17 +96,17 @@ def _chunk_losses(model: nn.Module, states: Tensor, targets: Tensor) -> Tensor:
 def _losses(model: nn.Module, states: Tensor, targets: Tensor) -> Tensor:
     logits = head_logits(model, states)
     rows = max(1, _BLOCK_VALUES // logits.shape[-1])
-    cross_entropy = _differentiable_cross_entropy if logits.requires_grad else _cross_entropy
-    return torch.cat([cross_entropy(*block) for block in zip(torch.split(logits, rows), torch.split(targets, rows))])
+    blocks = list(zip(torch.split(logits, rows), torch.split(targets, rows)))
+    if logits.requires_grad:
+        return torch.cat([functional.cross_entropy(part.float(), wanted, reduction="none") for part, wanted in blocks])
+    # One buffer for all blocks: fresh memory for each costs as much as the exponentials.
+    buffer = torch.empty_like(logits[:rows], dtype=torch.float32)
+    return torch.cat([_cross_entropy(part, wanted, buffer[: len(part)]) for part, wanted in blocks])
 
 
-def _differentiable_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    return functional.cross_entropy(logits.float(), targets, reduction="none")
-
-
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    # In place and without the log-probabilities of the other tokens: half the time of functional.cross_entropy.
-    values = logits.float()
-    largest = values.amax(-1, keepdim=True)
+def _cross_entropy(logits: Tensor, targets: Tensor, buffer: Tensor) -> Tensor:
+    # In place and without the log-probabilities of the other tokens: a third of the time of functional.cross_entropy.
+    values = buffer.copy_(logits)
     wanted = values.gather(-1, targets[:, None])
+    largest = values.amax(-1, keepdim=True)
     return (values.sub_(largest).exp_().sum(-1, keepdim=True).log_() + largest - wanted)[:, 0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from longrope_export.description import ModelDescription
 from longrope_export.errors import ScalingError
-from longrope_export.rope.methods import METHODS, method_scaling
+from longrope_export.rope.methods import METHODS
 from longrope_export.scaling import RopeScaling, to_float32
+from longrope_export.versions import versions
 
 if TYPE_CHECKING:
     from longrope_export.evaluation.documents import Row
@@ -147,20 +147,13 @@ def _lengths(options: EvaluateOptions, description: ModelDescription, scaling: R
 
 def _method_record(name: str, description: ModelDescription, target: int) -> tuple[str, RopeScaling | None]:
     from longrope_export.formats.records import read_scaling
-    from longrope_export.pipeline import existing_set
+    from longrope_export.pipeline import closed_form_scaling
 
     if name == UNCHANGED:
         return name, None
     if name not in METHODS and Path(name).exists():
         return Path(name).stem, read_scaling(name)
-    return name, method_scaling(
-        name,
-        rope_theta=description.rope_theta,
-        rotary_dim=description.rotary_dim,
-        original_max_position_embeddings=description.window,
-        max_position_embeddings=target,
-        existing=existing_set(description),
-    )
+    return name, closed_form_scaling(description, target, name)
 
 
 def _check_record(record: RopeScaling, description: ModelDescription) -> None:
@@ -261,18 +254,3 @@ def _passkey(
                 progress=progress,
             )
     return results
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    import torch
-    import transformers
-
-    from longrope_export import __version__
-
-    return {
-        "longrope-export": __version__,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-    }

@@ -161,6 +161,25 @@ CHANGES: list[tuple[dict[str, Any], dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {**EVOLUTION, "attention": "1.1"},
+        {**GRADIENT, "attention": "1.1"},
+        {**GRADIENT, "learn_attention": True},
+        {**GRADIENT, "attention": "method", "learn_attention": True},
+    ],
+    ids=["evolution 1.1", "gradient 1.1", "learned from 1.0", "learned from the method's"],
+)
+def test_a_gguf_has_the_attention_factor_that_was_asked_for_in_both_regimes(tiny: Any, asked: dict[str, Any]) -> None:
+    scaling = _run(tiny, **{**asked, "start_tokens": None}, runtime="gguf").scaling
+    assert scaling.short_attention_factor == scaling.long_attention_factor != 1.0
+    if not asked.get("learn_attention"):
+        assert scaling.long_attention_factor == pytest.approx(1.1)
+    unasked = {name: value for name, value in asked.items() if name not in ("attention", "learn_attention")}
+    assert _run(tiny, **{**unasked, "start_tokens": None}, runtime="gguf").scaling.long_attention_factor == 1.0
+
+
 @pytest.fixture(scope="module")
 def plain_trials(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     folder = tmp_path_factory.mktemp("plain")

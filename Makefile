@@ -10,7 +10,7 @@ TORCH_INDEX ?=
 INDEX_FLAG := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
 WORKERS ?= 2
 
-.PHONY: help install demo test test-slow lint format types docs check clean
+.PHONY: help install demo test test-slow fuzz lint format types docs check clean
 
 help:
 	@sed -n '1,4p' Makefile
@@ -27,13 +27,18 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: install
+	rm -rf demo-output
 	$(BIN)/longrope demo --out demo-output
 
 test: install
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 test-slow: install
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow --timeout 3600
+
+# Both header readers on damaged and random files; stops at the first finding.
+fuzz: install
+	$(BIN)/python tests/fuzz/readers.py --minutes $(or $(MINUTES),10)
 
 lint: install
 	$(BIN)/ruff check .

@@ -13,25 +13,34 @@ from collections.abc import Callable, Mapping, Sequence
 
 
 def alternating_seconds(
-    runs: Mapping[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.perf_counter
+    runs: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, list[float]]:
-    """Seconds of every run, each called `repeats` times in turn, so that drifting load meets all of them alike.
+    """Seconds of every run, each called once a round, so that drifting load meets all of them alike.
 
-    `clock=time.process_time` counts this process's processor time: for one thread on a machine that others use too.
+    Each round begins with another run: none always follows the same one. `clock=time.process_time` counts this
+    process's processor time: for one thread on a machine that others use too.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
+    names = list(runs)
+    for index in range(rounds):
+        first = index % len(names)
+        for name in [*names[first:], *names[:first]]:
             gc.collect()
             started = clock()
-            run()
+            runs[name]()
             seconds[name].append(clock() - started)
     return seconds
 
 
-def median_ratio(seconds: Mapping[str, Sequence[float]], name: str, base: str) -> float:
-    """Median over the rounds of (seconds of `name`) / (seconds of `base` in the same round)."""
-    return statistics.median(ours / other for ours, other in zip(seconds[name], seconds[base]))
+def best_ratio(seconds: Mapping[str, Sequence[float]], name: str, base: str) -> float:
+    """Best time of `name` over the best time of `base`: other load only ever adds to a time."""
+    return min(seconds[name]) / min(seconds[base])
+
+
+def ratio_spread(seconds: Mapping[str, Sequence[float]], name: str, base: str) -> tuple[float, float, float]:
+    """Lowest, median and highest ratio of the two times of one round."""
+    ratios = [ours / other for ours, other in zip(seconds[name], seconds[base])]
+    return min(ratios), statistics.median(ratios), max(ratios)
 
 
 def run_child(command: Sequence[str], *, environment: Mapping[str, str] | None = None) -> tuple[str, float, int]:

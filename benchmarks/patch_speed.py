@@ -71,8 +71,8 @@ def measure(folder: Path, gigabytes: float, rounds: int) -> dict[str, object]:
     }
 
 
-def write_model(path: Path, gigabytes: float) -> None:
-    """A llama GGUF with F16 tensors of random bytes and a vocabulary of Qwen2's size."""
+def write_model(path: Path, gigabytes: float, *, preallocated: bool = False) -> None:
+    """A llama GGUF with F16 tensors of random bytes (or preallocated blocks) and a vocabulary of Qwen2's size."""
     import gguf
     import numpy as np
 
@@ -91,10 +91,20 @@ def write_model(path: Path, gigabytes: float) -> None:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     generator = np.random.default_rng(0)
-    for _ in range(count):
+    for _ in range(0 if preallocated else count):
         writer.write_tensor_data(np.frombuffer(generator.bytes(size), np.float16).reshape(SHAPE))
     writer.close()
+    if preallocated:
+        allocate(path, count * size)
     os.sync()
+
+
+def allocate(path: Path, size: int) -> None:
+    """Give the file `size` bytes of tensor data behind its header: real blocks, but unwritten."""
+    with path.open("r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        start = -(-end // 32) * 32
+        os.posix_fallocate(file.fileno(), end, start + size - end)
 
 
 def make_record() -> RopeScaling:

@@ -1,11 +1,12 @@
 """What one perplexity evaluation costs: time against a bare forward pass, and peak memory at 16,384 tokens.
 
-    python benchmarks/perplexity_cost.py [MODEL] [--length 16384] [--ratio-length 4096] [--repeats 5]
+    python benchmarks/perplexity_cost.py [MODEL] [--length 16384] [--ratio-length 2048] [--rounds 15]
 
 The bare forward pass is the model's body plus its lm_head without any loss, once as transformers gives it (all logits
 at once) and once with lm_head in the same chunks as the evaluation and every chunk thrown away. Times are processor
-seconds of one thread in one process, the three in turn. Memory is the peak of a process of its own that loads the
-model and evaluates one document.
+seconds of one thread in one process, the three in turn, each round beginning with another one. The bound holds for the
+ratio of the best times, against either baseline; the spread of the rounds' own ratios is printed beside it. Memory is
+the peak of a process of its own that loads the model and evaluates one document.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import importlib.util
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import alternating_seconds, machine, median_ratio, run_child
+from common import alternating_seconds, best_ratio, machine, ratio_spread, run_child
 
 CHUNK = 512
 TIME_BOUND, MEMORY_BOUND = 1.05, 2.5e9
@@ -55,7 +56,7 @@ def measure_memory(path: Path, length: int) -> None:
     print(json.dumps({"perplexity": result.at(length).perplexity, "seconds": result.seconds, "name": row.name}))
 
 
-def measure_ratio(path: Path, length: int, repeats: int) -> None:
+def measure_ratio(path: Path, length: int, rounds: int) -> None:
     """Child: seconds of the evaluation and of both bare forward passes."""
     import torch
 
@@ -80,7 +81,7 @@ def measure_ratio(path: Path, length: int, repeats: int) -> None:
         "all logits": all_logits, "chunked logits": chunked_logits, "evaluation": evaluation,
     }  # fmt: skip
     evaluation()
-    print(json.dumps(alternating_seconds(runs, repeats, time.process_time)))
+    print(json.dumps(alternating_seconds(runs, rounds, time.process_time)))
 
 
 def main() -> int:
@@ -88,8 +89,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", type=Path)
     parser.add_argument("--length", type=int, default=16_384)
-    parser.add_argument("--ratio-length", type=int, default=4_096)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--ratio-length", type=int, default=2_048)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--skip-memory", action="store_true")
     parser.add_argument("--child", choices=["memory", "ratio"], help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -98,7 +99,7 @@ def main() -> int:
         measure_memory(path, options.length)
         return 0
     if options.child == "ratio":
-        measure_ratio(path, options.ratio_length, options.repeats)
+        measure_ratio(path, options.ratio_length, options.rounds)
         return 0
     return report(path, options)
 
@@ -107,14 +108,9 @@ def report(path: Path, options: argparse.Namespace) -> int:
     """Measure in child processes and compare with the bounds."""
     command = [sys.executable, __file__, str(path), "--child"]
     print(f"{path.name}, bfloat16, one thread; {machine()}")
-    arguments = ["ratio", "--ratio-length", str(options.ratio_length), "--repeats", str(options.repeats)]
+    arguments = ["ratio", "--ratio-length", str(options.ratio_length), "--rounds", str(options.rounds)]
     seconds = json.loads(run_child([*command, *arguments], environment=ONE_THREAD)[0].splitlines()[-1])
-    for name, values in seconds.items():
-        print(f"  {name:15} {options.ratio_length:,} tokens: {', '.join(f'{value:.2f}' for value in values)} s")
-    ratios = {name: median_ratio(seconds, "evaluation", name) for name in ("all logits", "chunked logits")}
-    for name, ratio in ratios.items():
-        print(f"  evaluation / {name}: {ratio:.3f}")
-    failed = ratios["all logits"] > TIME_BOUND
+    failed = time_exceeded(seconds, options.ratio_length)
     if not options.skip_memory:
         output, _, peak = run_child([*command, "memory", "--length", str(options.length)], environment=ONE_THREAD)
         result = json.loads(output.splitlines()[-1])
@@ -125,6 +121,19 @@ def report(path: Path, options: argparse.Namespace) -> int:
         failed |= peak > MEMORY_BOUND
     print("too slow or too large" if failed else f"within {TIME_BOUND} × and {MEMORY_BOUND / 1e9} GB")
     return int(failed)
+
+
+def time_exceeded(seconds: Mapping[str, Sequence[float]], length: int) -> bool:
+    """Print the best times and the ratios; whether one of the ratios is above the bound."""
+    for name, values in seconds.items():
+        print(f"  {name:15} {length:,} tokens: best {min(values):.2f} s of {len(values)}, worst {max(values):.2f} s")
+    worst = 0.0
+    for name in (name for name in seconds if name != "evaluation"):
+        ratio = best_ratio(seconds, "evaluation", name)
+        low, middle, high = ratio_spread(seconds, "evaluation", name)
+        print(f"  evaluation / {name}: {ratio:.3f} (single rounds {low:.3f} to {high:.3f}, median {middle:.3f})")
+        worst = max(worst, ratio)
+    return worst > TIME_BOUND
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch
 
 import longrope_export
 from longrope_export.description import describe
-from longrope_export.evaluation.documents import bos_ids, encode, load_tokenizer
+from longrope_export.evaluation.documents import load_tokenizer, rows_from_texts
 from longrope_export.evaluation.stdlib_corpus import Split, documents
 from longrope_export.loader import load
 from longrope_export.search.evaluator import Evaluator
@@ -78,15 +78,8 @@ def _budgets(options: argparse.Namespace) -> list[tuple[str, float]]:
 
 def _rows(split: Split, tokenizer: Any, length: int, count: int) -> list[np.ndarray[Any, Any]]:
     """The first rows of `length` tokens of the split's documents, one from each, then second pieces and so on."""
-    bos = bos_ids(tokenizer)
-    texts = [encode(tokenizer, document.text) for document in documents(split)]
-    body = length - len(bos)
-    pieces = [
-        (start, index, np.array(bos + ids[start : start + body]))
-        for index, ids in enumerate(texts)
-        for start in range(0, len(ids) - body + 1, body)
-    ]
-    return [row for _, _, row in sorted(pieces, key=lambda piece: piece[:2])[:count]]
+    texts = ((document.name, document.text) for document in documents(split))
+    return [row.token_ids for row in rows_from_texts(texts, tokenizer, length, count)]
 
 
 def _closed_forms(numbers: RopeNumbers) -> list[tuple[str, Candidate]]:

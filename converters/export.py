@@ -12,7 +12,7 @@ from longrope_export.converters.gguf.convert import plan_conversion, write_conve
 from longrope_export.converters.gguf.patch import patch_gguf
 from longrope_export.converters.hf_folder import gguf_to_hf_folder, write_hf_folder
 from longrope_export.files import atomic_folder, write_text
-from longrope_export.formats.gguf_header import read_gguf_header
+from longrope_export.formats.gguf_shards import read_gguf
 from longrope_export.formats.records import RECORD_FILE
 from longrope_export.scaling import RopeScaling
 
@@ -74,7 +74,7 @@ def _from_gguf(
 ) -> tuple[Writer, list[str]]:
     if not gguf:
         return _nothing, []
-    losses = check_patchable(read_gguf_header(path), scaling, allow_lossy=allow_lossy)
+    losses = check_patchable(read_gguf(path), scaling, allow_lossy=allow_lossy)
 
     def write(partial: Path) -> None:
         patch_gguf(path, partial / name, scaling, allow_lossy=allow_lossy)

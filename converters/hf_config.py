@@ -12,7 +12,7 @@ from typing import Any
 from longrope_export.converters.lossy import undone_losses
 from longrope_export.errors import ScalingError, UnsupportedModelError
 from longrope_export.families import FULL, SLIDING, Family, family_for_config, head_dim, rotary_dim
-from longrope_export.formats.hf_config import LONGROPE_TYPES, HfRope, count, rope_by_layer_type, text_config
+from longrope_export.formats.hf_config import LONGROPE_TYPES, HfRope, config_values, rope_by_layer_type, text_config
 from longrope_export.formats.hf_scaling import RECORD_KEY
 from longrope_export.rope.formulas import longrope_attention_factor
 from longrope_export.rope.hf_types import factors_from_rope_parameters
@@ -77,9 +77,10 @@ class LanguageModel:
             return None
         if self.rope.rope_type == "dynamic":
             raise UnsupportedModelError("dynamic NTK has other factors at every length; remove it from config.json")
-        window = count(self.values, "max_position_embeddings")
         return factors_from_rope_parameters(
-            self.rope.parameters, rotary_dim=self.rotary_dim, max_position_embeddings=window
+            self.rope.parameters,
+            rotary_dim=self.rotary_dim,
+            max_position_embeddings=self.values["max_position_embeddings"],
         )
 
     def composition_losses(self, scaling: RopeScaling) -> list[str]:
@@ -92,9 +93,8 @@ def language_model(config: Mapping[str, Any]) -> LanguageModel:
     """Read a parsed config.json; raises `UnsupportedModelError` for an unknown family, `InputFileError` for
     bad values.
     """
-    text = text_config(config)
-    family = family_for_config(text.get("model_type"))
-    values = {**family.defaults, **{key: value for key, value in text.items() if value is not None}}
+    family = family_for_config(text_config(config).get("model_type"))
+    values = config_values(config, family)
     ropes, _ = rope_by_layer_type(values, family)
     return LanguageModel(family, values, ropes)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from longrope_export.converters.copying import copy_range
 from longrope_export.converters.gguf.checks import composition_losses, window_losses
@@ -18,16 +20,18 @@ from longrope_export.converters.hf_config import extended_config, json_text, lan
 from longrope_export.converters.lossy import hf_losses, refuse_losses
 from longrope_export.converters.safetensors import write_safetensors_metadata
 from longrope_export.errors import InputFileError, UnsupportedModelError
-from longrope_export.files import MANIFEST, atomic_folder, atomic_output, write_text
+from longrope_export.files import MANIFEST, atomic_folder, atomic_output, output_errors, write_text
 from longrope_export.formats.gguf_header import read_gguf_header
+from longrope_export.formats.gguf_shards import refuse_split
 from longrope_export.formats.hf_config import read_json
+from longrope_export.formats.hf_description import weight_files
 from longrope_export.formats.records import CONFIG_FILE, RECORD_FILE, SAFETENSORS_KEY
 from longrope_export.scaling import RopeScaling
 
-INDEX = "model.safetensors.index.json"
 # Weights in other forms would contradict the shards that we write, and pickles are never opened.
 _OTHER_WEIGHTS = (
     ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".tflite",
+    ".safetensors",
 )  # fmt: skip
 
 
@@ -55,14 +59,17 @@ def write_hf_folder(
     model = language_model(config)
     losses = hf_losses(scaling) + model.window_losses(scaling) + model.composition_losses(scaling)
     refuse_losses(str(target), losses, allow_lossy=allow_lossy)
+    side_files = _extended_side_files(folder, scaling.max_position_embeddings)
     with atomic_folder(target) as partial:
         for shard in shards:
             write_safetensors_metadata(shard, partial / shard.name, {SAFETENSORS_KEY: scaling.to_json()})
         for file in _other_files(folder, shards):
-            _copy_file(file, partial / file.name)
+            if file.name not in side_files:
+                _copy_file(file, partial / file.name)
+        for name, values in side_files.items():
+            write_text(partial / name, json_text(values))
         write_text(partial / CONFIG_FILE, json_text(changed))
         write_text(partial / RECORD_FILE, scaling.to_json())
-        _extend_side_files(partial, scaling.max_position_embeddings)
         if add is not None:
             add(partial)
     return losses
@@ -82,26 +89,27 @@ def gguf_to_hf_folder(
     Needs torch and memory for all weights at once, and room for a second copy of them beside `target`.
     Returns and raises as `write_hf_folder`; also raises `MissingDependencyError` without transformers.
     """
+    refuse_split(source)
     header = read_gguf_header(source)
     check_dequantisable(dtype)
     own = window_losses(header, scaling) + composition_losses(header, scaling) + tokenizer_losses(header)
     refuse_losses(str(target), hf_losses(scaling) + own, allow_lossy=allow_lossy)
-    parent = Path(target).absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent, prefix=".dequantised-") as name:
-        window = scaling.original_max_position_embeddings
-        save_dequantised(header, Path(name), dtype=dtype, window=window)
+    parent, window = Path(target).absolute().parent, scaling.original_max_position_embeddings
+    with contextlib.ExitStack() as stack:
+        with output_errors(Path(target)):
+            parent.mkdir(parents=True, exist_ok=True)
+            name = stack.enter_context(tempfile.TemporaryDirectory(dir=parent, prefix=".dequantised-"))
+            save_dequantised(header, Path(name), dtype=dtype, window=window)
         return own + write_hf_folder(name, target, scaling, allow_lossy=allow_lossy, add=add)
 
 
 def model_shards(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, every shard that the index names among them.
+    """The safetensors files that transformers loads from a model folder (not a second copy, such as Mistral's
+    `consolidated.safetensors`).
 
     Raises `InputFileError` when one is missing, `UnsupportedModelError` when the weights have another form.
     """
-    found = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
-    if (folder / INDEX).is_file():
-        _check_index(folder, {path.name for path in found})
+    found = weight_files(folder)
     if not found:
         others = sorted(path.name for path in folder.glob("*") if path.suffix in _OTHER_WEIGHTS)
         if others:
@@ -110,14 +118,6 @@ def model_shards(folder: Path) -> list[Path]:
             )
         raise InputFileError(f"{folder} has no .safetensors weights")
     return found
-
-
-def _check_index(folder: Path, found: set[str]) -> None:
-    shards = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        raise InputFileError(f"{folder / INDEX} has no weight_map")
-    if missing := sorted(set(shards.values()) - found):
-        raise InputFileError(f"{folder} has no {missing[0][:200]}, which its index names; download it again")
 
 
 def _other_files(folder: Path, shards: list[Path]) -> list[Path]:
@@ -137,17 +137,19 @@ def _copy_file(source: Path, target: Path) -> None:
         copy_range(original, file, 0, source.stat().st_size)
 
 
-def _extend_side_files(folder: Path, window: int) -> None:
-    """Let the tokenizer take the longer window, and generation use the cache that a trainer may have turned
-    off.
+def _extended_side_files(folder: Path, window: int) -> dict[str, dict[str, Any]]:
+    """Side files that change, by name: the tokenizer takes the longer window, and generation uses the cache that
+    a trainer may have turned off.
     """
+    changed: dict[str, dict[str, Any]] = {}
     tokenizer, generation = folder / "tokenizer_config.json", folder / "generation_config.json"
     if tokenizer.is_file():
         values = read_json(tokenizer)
         limit = values.get("model_max_length")
         if isinstance(limit, int) and limit < window:
-            write_text(tokenizer, json_text({**values, "model_max_length": window}), overwrite=True)
+            changed[tokenizer.name] = {**values, "model_max_length": window}
     if generation.is_file():
         values = read_json(generation)
         if values.get("use_cache") is False:
-            write_text(generation, json_text({**values, "use_cache": True}), overwrite=True)
+            changed[generation.name] = {**values, "use_cache": True}
+    return changed

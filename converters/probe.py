@@ -21,6 +21,7 @@ from longrope_export.formats.gguf_header import (
     read_gguf_header,
     read_range,
 )
+from longrope_export.formats.gguf_shards import refuse_split
 
 BLOCKS = 2
 
@@ -34,6 +35,7 @@ def write_probe(source: str | os.PathLike[str], target: str | os.PathLike[str], 
     Raises `InputFileError` for a damaged file, `UnsupportedModelError` where the blocks cannot be counted, and
     `OutputError`.
     """
+    refuse_split(source)
     header = read_gguf_header(source)
     count = _block_count(header)
     kept = [info for info in header.tensors if _block(info) < blocks]

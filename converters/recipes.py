@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
 from pathlib import Path
 
 from longrope_export.scaling import RopeScaling
@@ -12,20 +15,21 @@ def transformers_recipe(folder: str, scaling: RopeScaling) -> str:
     return (
         "from longrope_export import load\n"
         "from transformers import AutoTokenizer\n\n"
-        f'model = load("{folder}")  # exact: short factors up to {scaling.original_max_position_embeddings} tokens, '
+        f"model = load({json.dumps(folder)})  # exact: short factors up to {scaling.original_max_position_embeddings} tokens, "
         "long ones beyond\n"
-        f'tokenizer = AutoTokenizer.from_pretrained("{folder}")'
+        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(folder)})"
     )
 
 
 def gguf_loader_recipe(file: str) -> str:
     """Python lines that open the GGUF file itself (dequantised) in transformers."""
-    return f'from longrope_export import load\n\nmodel = load("{file}")'
+    return f"from longrope_export import load\n\nmodel = load({json.dumps(file)})"
 
 
 def llama_cpp_recipe(file: str, scaling: RopeScaling) -> str:
     """Command lines for llama.cpp; `-c` decides which set of factors applies."""
     long, short = scaling.max_position_embeddings, scaling.original_max_position_embeddings
+    file = shlex.quote(file)
     lines = [f"llama-server -m {file} -c {long} --no-context-shift    # long window"]
     if not scaling.is_static:
         lines.append(f"llama-server -m {file} -c {short}    # short prompts only: original quality")
@@ -34,7 +38,7 @@ def llama_cpp_recipe(file: str, scaling: RopeScaling) -> str:
 
 def ollama_recipe(file: str, scaling: RopeScaling) -> str:
     """An Ollama Modelfile and the command that takes it."""
-    name = Path(file).stem.lower()
+    name = re.sub(r"[^a-z0-9._-]+", "-", Path(file).stem.lower()).strip("-._") or "model"
     source = file if Path(file).is_absolute() else f"./{file}"
     return (
         f"cat > Modelfile <<'END'\nFROM {source}\nPARAMETER num_ctx {scaling.max_position_embeddings}\nEND\n"
@@ -44,4 +48,4 @@ def ollama_recipe(file: str, scaling: RopeScaling) -> str:
 
 def vllm_recipe(folder: str, scaling: RopeScaling) -> str:
     """Command line for vLLM, which fixes one set of factors by the served length."""
-    return f"vllm serve {folder} --max-model-len {scaling.max_position_embeddings}"
+    return f"vllm serve {shlex.quote(folder)} --max-model-len {scaling.max_position_embeddings}"

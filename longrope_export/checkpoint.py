@@ -10,6 +10,9 @@ from typing import Any
 from longrope_export.description import ModelDescription, describe
 from longrope_export.errors import InputFileError, UnsupportedModelError
 from longrope_export.families import FAMILIES
+from longrope_export.formats.gguf_header import read_gguf_header
+from longrope_export.formats.gguf_shards import refuse_split
+from longrope_export.gguf_import import load_gguf_model, needs_own_import
 from longrope_export.scaling import RopeScaling
 
 ADAPTER = "adapter_config.json"
@@ -53,6 +56,10 @@ class Checkpoint:
         from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM, GgufConfig
 
+        if self.description.kind == "gguf":
+            header = read_gguf_header(self.path)
+            if needs_own_import(header):
+                return load_gguf_model(header, self.description, **from_pretrained)
         options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True, **from_pretrained}
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # reported below, by name
         place = self.path
@@ -115,10 +122,11 @@ def _folder(folder: Path) -> Checkpoint:
 def _gguf(path: Path) -> Checkpoint:
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
+    refuse_split(path)
     description = describe(path)
     known = {name for family in FAMILIES.values() for name in family.gguf_architectures}
     importable = sorted(known & set(GGUF_SUPPORTED_ARCHITECTURES))
-    if description.architecture not in importable:
+    if description.architecture not in importable and not needs_own_import(read_gguf_header(path)):
         raise UnsupportedModelError(
             f"{path} has the architecture {description.architecture[:80]!r}, which transformers cannot import "
             f"into a family known here ({', '.join(importable)}); give the original model folder instead"

@@ -21,6 +21,9 @@ from longrope_export.scaling import RopeScaling
 from longrope_export.versions import versions
 
 Say = Callable[[str], None]
+# What is written is found for both formats: a GGUF holds one attention factor and no start tokens. The other row shows
+# what transformers alone could apply.
+SEARCHED, SEARCHED_HF = "searched", "searched, for transformers alone"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +88,7 @@ def run_demo(options: DemoOptions, say: Say) -> DemoResult:
     say(f"measuring {len(scalings)} settings on {options.report_documents} unseen documents of {target} tokens")
     comparison = compare_methods(model, rows["report"], _lengths(window, target), scalings, window=window)
     passkey = _passkeys(model, tokenizer, scalings, _lengths(window, target), options, say)
-    scaling = found["searched"]
+    scaling = found[SEARCHED]
     written = _write(description, scaling, plan, comparison, options)
     say("running the written files in transformers and in llama.cpp")
     verification = _verify(plan.target) if options.verify else None
@@ -115,17 +118,19 @@ def _rows(tokenizer: Any, target: int, options: DemoOptions) -> dict[Split, list
 def _searches(
     model: Any, description: ModelDescription, rows: dict[Split, list[Row]], options: DemoOptions, say: Say
 ) -> tuple[dict[str, RopeScaling], dict[str, float]]:
-    """Both searches on the same texts: gradient descent on log λ, and the paper's Algorithm 1 on a small budget."""
+    """Searches on the same texts: the paper's Algorithm 1 on a small budget, and gradient descent on log λ, twice."""
     from longrope_export.search.run import SearchConfig, numbers_of, search_factors
 
     numbers = numbers_of(description, f"{options.factor}x")
+    descent = ("gradient", options.gradient_documents, options.gradient_budget)
+    algorithm_1 = ("evolution", options.evolution_documents, options.evolution_budget)
     found, spent = {}, {}
-    sizes = {
-        "evolution": (options.evolution_documents, options.evolution_budget),
-        "gradient": (options.gradient_documents, options.gradient_budget),
-    }
-    for strategy, (count, budget) in sizes.items():
-        say(f"search: {strategy}, {budget} evaluations of {count} documents")
+    for name, runtime, (strategy, count, budget) in (
+        ("Algorithm 1", "gguf", algorithm_1),
+        (SEARCHED, "gguf", descent),
+        (SEARCHED_HF, "hf", descent),
+    ):
+        say(f"search: {strategy}, {budget} evaluations of {count} documents, for {runtime}")
         texts = [row.token_ids for row in [*rows["search"][:count], *rows["validation"]]]
         config = SearchConfig(
             strategy=strategy,  # type: ignore[arg-type]
@@ -134,11 +139,11 @@ def _searches(
             documents=count,
             validation_documents=options.validation_documents,
             seed=options.seed,
-            runtime="gguf",
+            runtime=runtime,  # type: ignore[arg-type]
         )
         result = search_factors(model, numbers, texts, config)
-        name = "searched" if strategy == "gradient" else _algorithm_1(result.evaluations, config)
-        found[name], spent[name] = result.scaling, result.evaluations
+        label = _algorithm_1(result.evaluations, config) if strategy == "evolution" else name
+        found[label], spent[label] = result.scaling, result.evaluations
     return found, spent
 
 
@@ -166,7 +171,7 @@ def _passkeys(
 ) -> dict[str, dict[int, float]]:
     say(f"passkey retrieval, {options.passkeys} prompts a length")
     result: dict[str, dict[int, float]] = {}
-    for name in ("unchanged", "YaRN", "searched"):
+    for name in ("unchanged", "YaRN", SEARCHED, SEARCHED_HF):
         scaling = scalings[name]
         if scaling is None:
             measured = evaluate_passkey(model, tokenizer, lengths, options.passkeys, options.seed)

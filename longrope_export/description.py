@@ -74,8 +74,8 @@ def describe(path: str | os.PathLike[str]) -> ModelDescription:
     """Describe the model folder (config.json, safetensors) or GGUF file at `path`.
 
     Reads headers only (and factor tensors, which are d/2 values). Raises `InputFileError` when it is
-    missing or malformed, `UnsupportedModelError` when its architecture is not known here, does not rotate,
-    or is split.
+    missing or malformed, `UnsupportedModelError` when its architecture is not known here or does not rotate.
+    Of a split GGUF any shard may be named; the others are read too.
     """
     source = Path(path)
     if source.is_dir() or source.name == "config.json":

@@ -12,6 +12,7 @@ import click
 
 from longrope_export import pipeline
 from longrope_export.description import ModelDescription, describe
+from longrope_export.rope.methods import check_options
 from longrope_export.scaling import RopeScaling
 from longrope_export.versions import versions
 
@@ -105,13 +106,16 @@ class Found:
 
 
 def _output(options: ExtendOptions, description: ModelDescription, target: int) -> pipeline.OutputPlan:
+    file = options.out is not None and options.out.suffix.lower() == ".gguf"
+    if file and (options.hf or options.gguf is False):
+        raise click.UsageError(f"{options.out} is the name of a GGUF file; name a folder for what is asked")
     if description.kind == "gguf":
         plan = pipeline.plan_output(description, target, options.out, hf=options.hf, gguf=True)
         searching_to_file = options.data and options.out is None and not options.hf
         return pipeline.as_folder(plan) if searching_to_file else plan
     convertible = description.family is not None and description.family.name in pipeline.CONVERTIBLE
     gguf = (convertible and options.purpose != "hf") if options.gguf is None else options.gguf
-    return pipeline.plan_output(description, target, options.out, hf=True, gguf=gguf)
+    return pipeline.plan_output(description, target, options.out, hf=not file, gguf=gguf or file)
 
 
 def _header(
@@ -120,7 +124,7 @@ def _header(
     return {
         "model": str(options.model),
         "architecture": description.architecture,
-        "window": description.original_window,
+        "window": description.window,
         "target": target,
         "method": options.method or options.strategy or "gradient",
         "output": str(plan.target),
@@ -131,6 +135,7 @@ def _header(
 
 def _closed_form(options: ExtendOptions, description: ModelDescription, target: int) -> Found:
     assert options.method is not None
+    check_options(options.method, options.method_options)
     scaling = pipeline.closed_form_scaling(
         description,
         target,

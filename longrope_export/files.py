@@ -20,6 +20,15 @@ _BLOCK = 1 << 20
 
 
 @contextlib.contextmanager
+def output_errors(target: Path) -> Iterator[None]:
+    """Turn what the system refuses while `target` is written into an `OutputError` of one clear line."""
+    try:
+        yield
+    except OSError as error:
+        raise _output_error(target, error) from error
+
+
+@contextlib.contextmanager
 def atomic_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[BinaryIO]:
     """Open a sibling partial file for writing and reading; it becomes `path` only when the body succeeds.
 
@@ -28,14 +37,9 @@ def atomic_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
     or when the system refuses the write (full disk, permissions).
     """
     target = Path(path)
-    if target.is_dir():
-        raise OutputError(f"{target} is a folder; name a file")
-    if target.exists() and not overwrite:
-        raise OutputError(f"{target} exists already; name another output or remove it first")
-    if not target.parent.is_dir():
-        raise OutputError(f"the folder {target.parent} does not exist; create it first")
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    partial = _partial(target)
     try:
+        check_output(target, overwrite=overwrite)
         with partial.open("x+b") as file:
             yield file
             file.flush()
@@ -45,7 +49,18 @@ def atomic_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
     except OSError as error:
         raise _output_error(target, error) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def check_output(target: Path, *, overwrite: bool) -> None:
+    """Raise `OutputError` when the file `target` cannot be written: it exists (unless `overwrite`), or has no folder."""
+    if target.is_dir():
+        raise OutputError(f"{target} is a folder; name a file")
+    if target.exists() and not overwrite:
+        raise OutputError(f"{target} exists already; name another output or remove it first")
+    if not target.parent.is_dir():
+        raise OutputError(f"the folder {target.parent} does not exist; create it first")
 
 
 def write_text(path: str | os.PathLike[str], text: str, *, overwrite: bool = False) -> None:
@@ -61,10 +76,10 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises `OutputError` when `path` exists and is not an empty folder, or when the system refuses a write.
     """
     target = Path(path)
-    if target.is_symlink() or target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise OutputError(f"{target} exists already and is not an empty folder; name another output")
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    partial = _partial(target)
     try:
+        if target.is_symlink() or target.is_file() or (target.is_dir() and any(target.iterdir())):
+            raise OutputError(f"{target} exists already and is not an empty folder; name another output")
         target.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
         yield partial
@@ -75,6 +90,11 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise _output_error(target, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _partial(target: Path) -> Path:
+    """A hidden sibling whose name fits wherever the target's own does."""
+    return target.with_name(f".{target.name[:50]}.{secrets.token_hex(4)}.partial")
 
 
 def write_manifest(folder: Path) -> None:

@@ -15,6 +15,7 @@ from longrope_export.errors import CacheError, LongRopeError, ScalingError
 from longrope_export.families import FULL, family_for_config
 from longrope_export.formats.hf_scaling import RECORD_KEY, scaling_from_config
 from longrope_export.formats.records import read_scaling
+from longrope_export.own_rope import own_set
 from longrope_export.rotary import (
     Angles,
     FixedRotary,
@@ -26,7 +27,7 @@ from longrope_export.rotary import (
     rope_theta_of,
     rotary_dim_of,
 )
-from longrope_export.scaling import RopeScaling, to_float32
+from longrope_export.scaling import RopeScaling
 from longrope_export.switching import RotarySets, SequenceSwitch
 
 Switch = Literal["sequence", "context", "short", "long"]
@@ -52,11 +53,11 @@ def load(
     """A transformers causal language model whose rotary embedding applies `scaling` exactly.
 
     `path_or_model` is a model folder, a GGUF file (dequantised) or a model in memory (changed in place);
-    `scaling` a record, a file that `read_scaling` takes, or None for what the model carries: without any, the
-    model is returned with its own rotary embedding. `switch="sequence"` rotates each row with the set of its
-    own length and rebuilds its cache when that changes; `"context"` takes the long set for good where
-    `context` exceeds the window L (as llama.cpp and vLLM do); `"short"` and `"long"` are fixed. `angles` as
-    in `rotation`. The rest goes to `from_pretrained`.
+    `scaling` a record, a file that `read_scaling` takes, or None for what the model carries: a record, or linear,
+    YaRN or Llama-3 scaling; with plain RoPE or dynamic NTK it keeps transformers' rotary embedding.
+    `switch="sequence"` rotates each row with the set of its own length and rebuilds its cache when that changes;
+    `"context"` takes the long set for good where `context` exceeds the window L (as llama.cpp and vLLM do);
+    `"short"` and `"long"` are fixed. `angles` as in `rotation`. The rest goes to `from_pretrained`.
 
     Raises `InputFileError`, `UnsupportedModelError` or `ScalingError` when the files, the model type or the
     record do not fit; the model's forward raises `CacheError` where a cache cannot be kept exact.
@@ -67,7 +68,7 @@ def load(
         checkpoint = open_checkpoint(path_or_model)
         record = record or checkpoint.scaling
         if record is not None:  # before the weights are read
-            check_numbers(record, checkpoint.description.rotary_dim, checkpoint.description.rope_theta)
+            record.check_model(checkpoint.description.rotary_dim, checkpoint.description.rope_theta)
         model = checkpoint.load(**from_pretrained)
     elif from_pretrained:
         raise LongRopeError(
@@ -78,8 +79,8 @@ def load(
         record = record or scaling_from_config(model.config.to_dict())  # type: ignore[operator, union-attr]
     if record is not None:
         apply_scaling(model, record, switch=switch, context=context, angles=angles)
-    elif switch != "sequence":
-        raise ScalingError(f'switch="{switch}" needs a scaling record, and {path_or_model} carries none; give scaling=')
+    else:
+        _keep_own(model, switch, angles)
     return model
 
 
@@ -95,36 +96,42 @@ def apply_scaling(
     model = core_of(model)
     check_scaling(model, scaling)
     sets = RotarySets(scaling, angles)
-    remove_switch(model)
     rotary = FixedRotary(scaling.rope_theta, scaling.rotary_dim, angles=angles)
-    replace_rotary(model, rotary)
+    _install(model, rotary)
     _write_config(model, scaling)
-    if hasattr(model, "prepare_inputs_for_generation"):
-        # Phi3's own version drops the cache of the whole batch at the window; other families have this one.
-        model.prepare_inputs_for_generation = MethodType(GenerationMixin.prepare_inputs_for_generation, model)
     if switch == "sequence" and not scaling.is_static:
         _install_switch(model, rotary, sets)
     else:
         rotary.current = _fixed_set(sets, switch, context)
 
 
+def _keep_own(model: Any, switch: Switch, angles: Angles) -> None:
+    """Install the model's own rope type where it is static, which every `switch` means alike; the config says it."""
+    model = core_of(model)
+    own = own_set(model, angles)
+    if own is not None:
+        rotary = FixedRotary(rope_theta_of(model), rotary_dim_of(model), angles=angles)
+        rotary.current = own
+        _install(model, rotary)
+    elif switch != "sequence":
+        place = getattr(model.config, "name_or_path", "") or "memory"
+        raise ScalingError(
+            f'switch="{switch}" needs a scaling record, and the {type(model).__name__} in {place} carries none; '
+            "give scaling="
+        )
+
+
+def _install(model: Any, rotary: FixedRotary) -> None:
+    remove_switch(model)
+    replace_rotary(model, rotary)
+    if hasattr(model, "prepare_inputs_for_generation"):
+        # Phi3's own version drops the cache of the whole batch at the window; other families have this one.
+        model.prepare_inputs_for_generation = MethodType(GenerationMixin.prepare_inputs_for_generation, model)
+
+
 def check_scaling(model: nn.Module, scaling: RopeScaling) -> None:
     """Raise `ScalingError` when the record is for another rotary_dim or RoPE base than the model's."""
-    check_numbers(scaling, rotary_dim_of(model), rope_theta_of(model))
-
-
-def check_numbers(scaling: RopeScaling, rotary_dim: int, rope_theta: float) -> None:
-    """As `check_scaling`, for a model with these numbers."""
-    if scaling.rotary_dim != rotary_dim:
-        raise ScalingError(
-            f"the scaling has {scaling.rotary_dim // 2} factors (rotary_dim {scaling.rotary_dim}), but the "
-            f"model rotates {rotary_dim} values a head; it was made for another model"
-        )
-    if scaling.rope_theta != to_float32(rope_theta):
-        raise ScalingError(
-            f"the scaling is for rope_theta {scaling.rope_theta:g}, but the model has {rope_theta:g}; "
-            "it was made for another model"
-        )
+    scaling.check_model(rotary_dim_of(model), rope_theta_of(model))
 
 
 def remove_switch(model: Any) -> None:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longrope_export import __version__
-from longrope_export.cli.common import resolve_length
 from longrope_export.description import ModelDescription
 from longrope_export.errors import OutputError, ScalingError, UnsupportedModelError
 from longrope_export.files import atomic_folder, write_text
+from longrope_export.formats.gguf_shards import extended_name
 from longrope_export.formats.records import RECORD_FILE
+from longrope_export.lengths import resolve_length
 from longrope_export.rope.methods import Factors, method_scaling
 from longrope_export.scaling import RopeScaling
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from longrope_export.converters.card import CardContents
 
 # Families that `converters.gguf.convert` turns into a GGUF.
-CONVERTIBLE = ("llama", "mistral")
+CONVERTIBLE = ("llama", "mistral", "qwen2", "phi3", "granite")
 Report = Callable[[str], None]
 
 
@@ -62,11 +63,14 @@ def length_name(length: int) -> str:
 
 
 def target_length(description: ModelDescription, to: str) -> int:
-    """Tokens meant by `to` (`4x`, `32k`, `16384`); raises `ScalingError` when the window would not grow."""
-    length = resolve_length(to, description.original_window)
-    if length <= description.original_window:
+    """Tokens meant by `to` (`4x`, `32k`, `16384`); raises `ScalingError` when the window would not grow.
+
+    The window is the declared one, also of a model that was extended before: a new scaling goes on top of that.
+    """
+    length = resolve_length(to, description.window)
+    if length <= description.window:
         raise ScalingError(
-            f"{to} is {length:,} tokens and {description.path} has {description.original_window:,} already; ask for more"
+            f"{to} is {length:,} tokens and {description.path} has {description.window:,} already; ask for more"
         )
     return length
 
@@ -128,15 +132,14 @@ def existing_set(description: ModelDescription) -> Factors | None:
 def plan_output(description: ModelDescription, target: int, out: Path | None, *, hf: bool, gguf: bool) -> OutputPlan:
     """Decide names and forms of the output. Raises `UnsupportedModelError` for a GGUF that cannot be written."""
     source = Path(description.path)
-    stem = source.stem if description.kind == "gguf" else source.resolve().name
-    name = f"{stem}-{length_name(target)}"
     if description.kind == "gguf":
-        default = Path(name) if hf else Path(f"{name}.gguf")
-        return OutputPlan(target=out or default, gguf_name=f"{name}.gguf", hf=hf)
+        file = Path(extended_name(source, length_name(target)))
+        return OutputPlan(target=out or Path(file.stem if hf else file), gguf_name=file.name, hf=hf)
+    name = f"{source.resolve().name}-{length_name(target)}"
     family = description.family.name if description.family else "?"
     if gguf and family not in CONVERTIBLE:
         raise UnsupportedModelError(
-            f"{source}: a GGUF is written for {' and '.join(CONVERTIBLE)} models, not for {family}; pass --no-gguf"
+            f"{source}: a GGUF is written for {', '.join(CONVERTIBLE)} models, not for {family}; pass --no-gguf"
         )
     if not hf:
         return OutputPlan(target=out or Path(f"{name}.gguf"), gguf_name=f"{name}.gguf", hf=False)

@@ -13,6 +13,7 @@ import numpy as np
 from longrope_export.description import ModelDescription
 from longrope_export.errors import ScalingError
 from longrope_export.families import SLIDING
+from longrope_export.formats.hf_description import weight_files
 
 # Bytes of one block and the values in it (ggml: f16 is 2 bytes a value, q8_0 is 32 int8 and one f16 scale).
 CACHE_TYPES: Mapping[str, tuple[int, int]] = {"f16": (2, 1), "q8_0": (34, 32)}
@@ -148,7 +149,7 @@ def weight_bytes(description: ModelDescription) -> int:
     """Bytes of the weights as stored: the GGUF file, or the folder's safetensors files."""
     path = Path(description.path)
     if path.is_dir():
-        return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+        return sum(file.stat().st_size for file in weight_files(path))
     return path.stat().st_size
 
 
@@ -184,8 +185,9 @@ def estimate_at(
     if attention is not None:
         square = layers * attention.seconds / attention.length**2
         busy_square = layers * attention.cpu_seconds / attention.length**2
-    seconds = _with_square(target, wall, square)
-    processor = _with_square(target, busy, busy_square)
+    # What was measured needs no fit.
+    seconds = dict(wall).get(target) or _with_square(target, wall, square)
+    processor = dict(busy).get(target) or _with_square(target, busy, busy_square)
     quiet = min(processor / max(threads, 1), seconds)
     return Estimate(seconds, quiet, _peak_at(target, ordered), tuple(ordered), attention, dtype, threads)
 

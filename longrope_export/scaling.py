@@ -15,6 +15,8 @@ from longrope_export.errors import ScalingError
 FORMAT = "longrope-export/1"
 MAX_LENGTH = 2**31 - 1
 MAX_ROTARY_DIM = 4096
+# Parsed JSON can take sixty times its text, and a record may come from a stranger.
+MAX_JSON_CHARACTERS = 1 << 18
 
 Factors = tuple[float, ...]
 
@@ -90,6 +92,19 @@ class RopeScaling:
             and not self.sets
         )
 
+    def check_model(self, rotary_dim: int, rope_theta: float) -> None:
+        """Raise `ScalingError` when the record is for another rotary_dim or RoPE base than a model's."""
+        if self.rotary_dim != rotary_dim:
+            raise ScalingError(
+                f"the scaling has {self.rotary_dim // 2} factors (rotary_dim {self.rotary_dim}), but the model rotates "
+                f"{rotary_dim} values a head; it was made for another model"
+            )
+        if self.rope_theta != to_float32(rope_theta):
+            raise ScalingError(
+                f"the scaling is for rope_theta {self.rope_theta:g}, but the model has {rope_theta:g}; "
+                "it was made for another model"
+            )
+
     def with_provenance(self, **entries: Any) -> RopeScaling:
         """Copy with `entries` added to the provenance."""
         return replace(self, provenance={**self.provenance, **entries})
@@ -106,7 +121,10 @@ class RopeScaling:
 
     def to_json(self) -> str:
         """The record as one JSON document; `from_json` gives an equal record back."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        if len(text) > MAX_JSON_CHARACTERS:
+            raise ScalingError(f"the scaling record would have {len(text):,} characters; shorten its provenance")
+        return text
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RopeScaling:
@@ -133,6 +151,8 @@ class RopeScaling:
 
         Raises `ScalingError` when the text is not JSON, has duplicate keys, or is not a valid record.
         """
+        if len(text) > MAX_JSON_CHARACTERS:
+            raise ScalingError(f"the scaling record has {len(text):,} characters; that is none")
         try:
             values = json.loads(text, object_pairs_hook=_no_duplicates)
         except ScalingError:
@@ -151,9 +171,9 @@ def _positive(name: str, value: Any) -> float:
     try:
         rounded = to_float32(float(value))
     except (TypeError, ValueError, OverflowError):
-        raise ScalingError(f"{name} is {str(value)[:80]!r}; it must be a finite float32 number") from None
+        raise ScalingError(f"{name} is {short_repr(value)}; it must be a finite float32 number") from None
     if not math.isfinite(rounded) or rounded <= 0.0 or isinstance(value, (bool, str, bytes)):
-        raise ScalingError(f"{name} is {value!r}; it must be a number, finite and greater than 0")
+        raise ScalingError(f"{name} is {short_repr(value)}; it must be a number, finite and greater than 0")
     return rounded
 
 
@@ -181,14 +201,24 @@ def _sets(values: Any, pairs: int) -> dict[int, Factors]:
 
 def _check_integer(name: str, value: Any, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ScalingError(f"{name} is {value!r}; it must be a whole number")
+        raise ScalingError(f"{name} is {short_repr(value)}; it must be a whole number")
     if not low <= value <= high:
-        raise ScalingError(f"{name} is {value}; it must be from {low} to {high}")
+        raise ScalingError(f"{name} is {short_repr(value)}; it must be from {low} to {high}")
+
+
+def short_repr(value: Any) -> str:
+    """`repr` of a stranger's value, cut for a message of one line."""
+    if isinstance(value, int) and abs(value) > 10**30:
+        return "a number of over 30 digits"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _json_object(name: str, value: Any) -> dict[str, Any]:
     try:
-        copied = json.loads(json.dumps(dict(value), allow_nan=False))
+        text = json.dumps(dict(value), allow_nan=False, ensure_ascii=False)
+        text.encode()  # a lone surrogate could be read, but never written
+        copied = json.loads(text)
     except (TypeError, ValueError, RecursionError) as error:
         raise ScalingError(f"{name} must be a JSON object: {error}") from None
     return dict(copied)

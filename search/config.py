@@ -13,20 +13,29 @@ from typing import Any, Literal, get_args
 from longrope_export.errors import LongRopeError, ScalingError
 from longrope_export.rope.formulas import longrope_attention_factor, yarn_attention_factor
 from longrope_export.rope.methods import METHODS
+from longrope_export.search.mixture import DEFAULT_OBJECTIVE, LAST_SHARE, Mixture
 from longrope_export.search.space import START_TOKENS, RopeNumbers
+from longrope_export.search.strategies.cmaes import CmaOptions
+from longrope_export.search.strategies.critical_dimension import critical_indices
 from longrope_export.search.strategies.evolution import EvolutionOptions
 from longrope_export.search.strategies.gradient import GradientOptions
 
-StrategyName = Literal["gradient", "evolution"]
+StrategyName = Literal["gradient", "evolution", "critical-dim", "cmaes"]
+Optimiser = Literal["gradient", "cmaes"]
 Runtime = Literal["auto", "hf", "gguf"]
 Short = Literal["search", "original"]
+ExecutorName = Literal["local", "processes", "ray"]
+# In the objective's list: not torch but llama.cpp measures.
+LLAMACPP = "llamacpp"
 
 # The descent's n̂: a subset of the paper's grid, because the factors are already found when it is tried.
 FEW_START_TOKENS = (4, 16, 64, 256)
 BASELINES = ("yarn", "ntk", "pi", "critical-dim")
 # Used when no budget is given: at most this long, and at most this many evaluations.
 DEFAULT_SECONDS = 45 * 60.0
-DEFAULT_EVALUATIONS: Mapping[str, float] = MappingProxyType({"gradient": 120.0})
+DEFAULT_EVALUATIONS: Mapping[str, float] = MappingProxyType({"gradient": 120.0, "cmaes": 400.0})
+# The paper takes three samples beyond 512k tokens instead of five.
+LARGE_DOCUMENTS = 3
 
 
 @dataclass(frozen=True)
@@ -57,8 +66,10 @@ class SearchConfig:
     """One search. Paths are for `run_search` only; `search_factors` is given the model and the token rows.
 
     `attention` is "method" (each closed form's own), "su" (√(1 + ln s / ln L)), "yarn" (0.1 ln s + 1) or a number. None
-    in `attention`, `learn_attention` and `start_tokens` takes what suits the strategy and the runtime. `bound` is a
-    multiple of s. Raises `LongRopeError` for values out of range.
+    in `attention`, `learn_attention`, `start_tokens`, `critical_indices` and `race` takes what suits the strategy, the
+    model and the runtime. `bound` is a multiple of s, `short_bound` a λ. `optimiser` is what moves the factors of
+    strategy "critical-dim". `objective` is "name=weight,…" (see `mixture`); `sets` are lengths in between, each with a
+    set of its own. Raises `LongRopeError` for values out of range.
     """
 
     model: Path | None = None
@@ -66,13 +77,21 @@ class SearchConfig:
     data: tuple[Path, ...] = ()
     out: Path | None = None
     strategy: StrategyName = "gradient"
+    optimiser: Optimiser = "gradient"
+    critical_indices: tuple[int, ...] | None = None
+    race: bool | None = None
     budget: str | None = None
     documents: int = 4
     validation_documents: int = 2
+    report_documents: int = 0
+    objective: str = DEFAULT_OBJECTIVE
+    last_share: float = LAST_SHARE
     seed: int = 0
     runtime: Runtime = "auto"
     dtype: str = "auto"
     threads: int | None = None
+    executor: ExecutorName = "local"
+    workers: int | None = None
     attention: str | None = None
     learn_attention: bool | None = None
     init: Path | str | None = None
@@ -83,27 +102,54 @@ class SearchConfig:
     short: Short = "search"
     short_share: float = 0.1
     short_margin: float = 0.002
+    short_bound: float = 2.0
+    sets: tuple[str, ...] = ()
+    sets_share: float = 0.1
     evolution: EvolutionOptions = field(default_factory=EvolutionOptions)
     gradient: GradientOptions = field(default_factory=GradientOptions)
+    cmaes: CmaOptions = field(default_factory=CmaOptions)
 
     def __post_init__(self) -> None:
         parse_budget(self.budget)
+        self.mixture  # noqa: B018 - raises for an objective that is not known
         _one_of("strategy", self.strategy, get_args(StrategyName))
+        _one_of("optimiser", self.optimiser, get_args(Optimiser))
         _one_of("--for", self.runtime, get_args(Runtime))
         _one_of("--short", self.short, get_args(Short))
+        _one_of("--executor", self.executor, get_args(ExecutorName))
+        _check("workers", self.workers, self.worker_count >= 1, "at least 1")
         for name in self.baselines:
             _one_of("a closed form", name, tuple(METHODS))
-        for name in ("documents", "validation_documents"):
-            if getattr(self, name) < 1:
-                raise LongRopeError(f"{name.replace('_', ' ')} is {getattr(self, name)}; at least 1 is needed")
         if not self.baselines:
             raise LongRopeError("at least one closed form is needed to begin with and to compare with")
-        if not 0.0 <= self.short_share < 0.9:
-            raise LongRopeError(f"the short search's share is {self.short_share}; it must be from 0 to below 0.9")
-        if not self.short_margin >= 0.0:
-            raise LongRopeError(f"the short search's margin is {self.short_margin}; it must be at least 0")
-        if self.seed < 0:
-            raise LongRopeError(f"the seed is {self.seed}; it must be at least 0")
+        for name, least in (("documents", 1), ("validation_documents", 1), ("report_documents", 0), ("seed", 0)):
+            _check(name, getattr(self, name), getattr(self, name) >= least, f"at least {least}")
+        shares = self.short_share + self.sets_share * len(self.sets)
+        _check("short_share", self.short_share, 0.0 <= self.short_share < 0.9, "from 0 to below 0.9")
+        _check("sets_share", self.sets_share, self.sets_share > 0.0 and shares < 0.9, "above 0, all sets below 0.9")
+        _check("short_margin", self.short_margin, self.short_margin >= 0.0, "at least 0")
+        _check("short_bound", self.short_bound, self.short_bound >= 1.0 + self.step, "at least 1 + step")
+
+    @property
+    def method(self) -> str:
+        """The optimiser that moves the factors: "gradient", "evolution" or "cmaes"."""
+        return self.optimiser if self.strategy == "critical-dim" else self.strategy
+
+    @property
+    def mixture(self) -> Mixture:
+        """The objective's parts and weights."""
+        names = [name for name in self.objective.split(",") if name.strip() != LLAMACPP]
+        return Mixture.parse(",".join(names) or DEFAULT_OBJECTIVE, self.last_share)
+
+    @property
+    def engine(self) -> str:
+        """What measures: "llamacpp" where the objective names it, else "torch"."""
+        return LLAMACPP if LLAMACPP in map(str.strip, self.objective.split(",")) else "torch"
+
+    @property
+    def worker_count(self) -> int:
+        """Workers of the executor: two unless given."""
+        return 2 if self.workers is None else self.workers
 
     def resolve(self, numbers: RopeNumbers, kind: str) -> SearchConfig:
         """The same search with nothing left open, for a model of `kind` "hf" or "gguf".
@@ -113,17 +159,30 @@ class SearchConfig:
         runtime: Runtime = ("gguf" if kind == "gguf" else "hf") if self.runtime == "auto" else self.runtime
         attention = self.attention or _default_attention(runtime, self.strategy)
         learn = (runtime == "hf") if self.learn_attention is None else self.learn_attention
-        starts = self.start_tokens
-        if starts is None:
-            starts = (
-                (0,) if runtime == "gguf" else START_TOKENS if self.strategy == "evolution" else (0, *FEW_START_TOKENS)
-            )
-        starts = tuple(dict.fromkeys((0, *(value for value in starts if value < numbers.target))))
-        resolved = replace(self, runtime=runtime, attention=attention, learn_attention=learn, start_tokens=starts)
+        race = self.method == "cmaes" if self.race is None else self.race
+        resolved = replace(
+            self, runtime=runtime, attention=attention, learn_attention=learn, race=race,
+            start_tokens=self._start_tokens(runtime, numbers), critical_indices=self._critical_indices(numbers),
+        )  # fmt: skip
         if runtime == "gguf":
             _check_gguf(resolved)
         resolved.attention_factor(numbers)
         return resolved
+
+    def _start_tokens(self, runtime: Runtime, numbers: RopeNumbers) -> tuple[int, ...]:
+        starts = self.start_tokens
+        if starts is None:
+            starts = START_TOKENS if self.strategy == "evolution" else FEW_START_TOKENS
+            starts = () if runtime == "gguf" else starts
+        return tuple(dict.fromkeys((0, *(value for value in starts if value < numbers.target))))
+
+    def _critical_indices(self, numbers: RopeNumbers) -> tuple[int, ...]:
+        if self.strategy != "critical-dim":
+            return ()
+        chosen = self.critical_indices or critical_indices(numbers)
+        for index in chosen:
+            _check("critical_index", index, 0 <= index < numbers.pairs, f"from 0 to {numbers.pairs - 1}")
+        return chosen
 
     def attention_factor(self, numbers: RopeNumbers) -> float | None:
         """The attention factor that every candidate begins with; None for each closed form's own."""
@@ -146,7 +205,8 @@ class SearchConfig:
     def to_header(self) -> dict[str, Any]:
         """JSON-ready form for the journal, without paths: the model's and the data's hashes stand for those."""
         values = asdict(self)
-        for name in ("model", "data", "out", "threads", "init"):
+        # Nor the executor: the result is the same on all of them.
+        for name in ("model", "data", "out", "threads", "init", "executor", "workers"):
             del values[name]
         return values
 
@@ -160,6 +220,13 @@ def _default_attention(runtime: str, strategy: str) -> str:
 def _check_gguf(config: SearchConfig) -> None:
     if config.start_tokens != (0,):
         raise LongRopeError("a GGUF cannot hold start tokens: leave --start-tokens out, or search with --for hf")
+    if config.sets:
+        raise LongRopeError("a GGUF holds no sets for lengths in between: leave --sets out, or search with --for hf")
+
+
+def _check(name: str, value: object, right: bool, wanted: str) -> None:
+    if not right:
+        raise LongRopeError(f"{name.replace('_', ' ')} is {value}; it must be {wanted}")
 
 
 def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:

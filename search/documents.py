@@ -9,41 +9,68 @@ import numpy as np
 import numpy.typing as npt
 
 from longrope_export.errors import TextTooShortError
+from longrope_export.search.mixture import Document, Row, plain
 from longrope_export.search.protocol import SEARCH, SHORT_SEARCH, SHORT_VALIDATION, VALIDATION
 
-Row = npt.NDArray[np.int64]
-Parts = dict[str, tuple[Row, ...]]
+Parts = dict[str, tuple[Document, ...]]
+
+# Documents that nothing is chosen on: measured once, at the end.
+REPORT = "report"
 
 # Pieces of window length that the short search cuts from each document.
 SHORT_PIECES = 4
 
 
-def split_rows(
-    rows: Sequence[npt.ArrayLike], *, documents: int, validation: int, window: int, target: int, bos: int | None
-) -> Parts:
-    """The first `documents` rows to search on, the next `validation` rows to choose on, each `target` tokens long.
+def in_between(length: int) -> tuple[str, str]:
+    """Names of the parts to search on and to choose on at a length between L and L'."""
+    return f"{SEARCH}@{length}", f"{VALIDATION}@{length}"
 
-    The short parts are up to `SHORT_PIECES` pieces of `window` tokens of each, with BOS in front where the row has it.
-    Raises `TextTooShortError` when rows are missing or too short.
+
+def split_rows(
+    rows: Sequence[npt.ArrayLike],
+    *,
+    documents: int,
+    validation: int,
+    window: int,
+    target: int,
+    bos: int | None,
+    report: int = 0,
+    lengths: Sequence[int] = (),
+) -> dict[str, tuple[Row, ...]]:
+    """The first `documents` rows to search on, then `validation` to choose on and `report`, each `target` tokens long.
+
+    The short parts are up to `SHORT_PIECES` pieces of `window` tokens of each, with BOS in front where the row has it;
+    the parts of a length in between are the rows' beginnings. Raises `TextTooShortError` when rows are missing or too
+    short.
     """
-    needed = documents + validation
+    needed = documents + validation + report
     arrays = [np.asarray(row, dtype=np.int64).ravel()[:target] for row in rows[:needed]]
     if len(arrays) < needed:
         raise TextTooShortError(
-            f"{len(arrays)} documents were given; {documents} to search on and {validation} to validate on are needed"
+            f"{len(arrays)} documents were given; {documents} to search on, {validation} to validate on and {report} to "
+            "report on are needed"
         )
     for index, row in enumerate(arrays):
         if len(row) < target:
             raise TextTooShortError(
                 f"document {index + 1} has {len(row):,} tokens; {target:,} are needed: give longer texts"
             )
-    search, held = tuple(arrays[:documents]), tuple(arrays[documents:])
-    return {
+    search, held = tuple(arrays[:documents]), tuple(arrays[documents : documents + validation])
+    parts = {
         SEARCH: search,
         VALIDATION: held,
+        REPORT: tuple(arrays[documents + validation :]),
         SHORT_SEARCH: tuple(piece for row in search for piece in short_pieces(row, window, bos)),
         SHORT_VALIDATION: tuple(piece for row in held for piece in short_pieces(row, window, bos)),
     }
+    for length in lengths:
+        parts |= zip(in_between(length), (tuple(row[:length] for row in each) for each in (search, held)))
+    return parts
+
+
+def with_plain_losses(parts: Mapping[str, Sequence[Row]]) -> Parts:
+    """Every row as a document whose loss is the mean over its tokens."""
+    return {part: tuple(plain(row) for row in rows) for part, rows in parts.items()}
 
 
 def short_pieces(row: Row, window: int, bos: int | None) -> list[Row]:
@@ -57,11 +84,11 @@ def short_pieces(row: Row, window: int, bos: int | None) -> list[Row]:
     return [np.concatenate([front, body[index * stride : index * stride + length]]) for index in range(count)]
 
 
-def rows_hash(parts: Mapping[str, Sequence[Row]]) -> str:
-    """Hex SHA-256 over the token ids of the search and validation rows, in order."""
+def documents_hash(parts: Mapping[str, Sequence[Document]]) -> str:
+    """Hex SHA-256 over tokens and weights of the documents at the long length, in order."""
     digest = hashlib.sha256()
-    for name in (SEARCH, VALIDATION):
-        for row in parts[name]:
-            digest.update(len(row).to_bytes(8, "little"))
-            digest.update(row.astype("<i8").tobytes())
+    for piece in (piece for name in (SEARCH, VALIDATION, REPORT) for each in parts.get(name, ()) for piece in each):
+        digest.update(len(piece.token_ids).to_bytes(8, "little"))
+        digest.update(piece.token_ids.astype("<i8").tobytes())
+        digest.update(piece.weights.astype("<f8").tobytes())
     return digest.hexdigest()

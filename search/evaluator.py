@@ -18,7 +18,7 @@ class Evaluator:
     """Asks each distinct trial once: the same candidate on the same document is never measured again.
 
     `documents` holds the number of documents of each part. `observer(trial, outcome, measured_now)` is told of every
-    distinct trial in the order of the search.
+    distinct trial once: of measured ones as they arrive, then of those that the journal knows.
     """
 
     def __init__(
@@ -55,6 +55,16 @@ class Evaluator:
         outcomes = self.evaluate([Trial(each, part, index) for each in candidates for index in range(count)])
         return mean_by_candidate(outcomes, count)
 
+    def best_known(self, part: str) -> tuple[Candidate, float] | None:
+        """The candidate with the lowest mean loss of those measured on all documents of a part, the earliest in a tie."""
+        losses: dict[Candidate, list[float]] = {}
+        for trial, outcome in self._known.items():
+            if trial.part == part and not trial.gradient:
+                losses.setdefault(trial.candidate, []).append(outcome.loss)
+        count = self.documents[part]
+        means = {each: math.fsum(found) / count for each, found in losses.items() if len(found) == count}
+        return min(means.items(), key=lambda item: item[1], default=None)
+
     def run(self, strategy: Strategy) -> None:
         """Serve `strategy` until it asks nothing more."""
         while trials := strategy.ask():
@@ -71,7 +81,7 @@ class Evaluator:
             if self._journal:
                 self._journal.append(numbers[trial], trial, outcome, now - started)
             started = now
-            results[trial] = outcome
+            results[trial] = self._known[trial] = outcome
             if self._observer:
                 self._observer(trial, outcome, True)
         return results

@@ -1,87 +1,65 @@
-"""The search of a model in memory: journal, plan, the long set, n̂, the short set, and the record that comes of it."""
+"""The search of a model in memory: journal, plan, the long set, n̂, the sets for shorter ones, and the record of it."""
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy.typing as npt
-import torch
 from torch import nn
 
-from longrope_export import __version__
-from longrope_export.errors import InputFileError, ScalingError
+from longrope_export.errors import ScalingError
 from longrope_export.fingerprint import fingerprint_model
-from longrope_export.scaling import RopeScaling
 from longrope_export.search.config import SearchConfig, parse_budget
-from longrope_export.search.documents import SHORT_PIECES, Parts, rows_hash, split_rows
+from longrope_export.search.documents import REPORT, SHORT_PIECES, Parts, split_rows, with_plain_losses
 from longrope_export.search.evaluator import Evaluator
 from longrope_export.search.executors import InProcess
+from longrope_export.search.identity import search_header, torch_engine
+from longrope_export.search.initial import read_init
 from longrope_export.search.journal import PLAN, Journal
-from longrope_export.search.long import SEARCHED, LongResult, choose_start_tokens, search_long
+from longrope_export.search.lengths import resolve_target
 from longrope_export.search.objective import ModelObjective
-from longrope_export.search.plan import GRADIENT_UNITS, Plan, Sizes, Timing, make_plan
+from longrope_export.search.plan import Plan, Sizes, Timing, make_plan
 from longrope_export.search.probe import probe
 from longrope_export.search.protocol import (
     SEARCH,
     SHORT_SEARCH,
     SHORT_VALIDATION,
     VALIDATION,
+    Executor,
     Outcome,
+    TimedObjective,
     Trial,
 )
-from longrope_export.search.short import ShortResult, search_short
+from longrope_export.search.result import SearchResult
 from longrope_export.search.space import Candidate, RopeNumbers
+from longrope_export.search.stages import Stages
 
-
-@dataclass(frozen=True)
-class SearchResult:
-    """The record found, and how: perplexities by candidate, what was spent, and remarks for the user.
-
-    `evaluations` are forward units over all search documents (a gradient counts 3; a short pass L/L'),
-    `validation_evaluations` the same units spent on the documents that only choose. `history` is the best loss after
-    each generation, or the loss at each step.
-    """
-
-    scaling: RopeScaling
-    chosen: str
-    short_chosen: str
-    search_perplexity: Mapping[str, float]
-    validation_perplexity: Mapping[str, float]
-    evaluations: float
-    validation_evaluations: float
-    history: tuple[float, ...]
-    notes: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form."""
-        return {
-            "scaling": self.scaling.to_dict(),
-            "chosen": self.chosen,
-            "short_chosen": self.short_chosen,
-            "search_perplexity": _finite_values(self.search_perplexity),
-            "validation_perplexity": _finite_values(self.validation_perplexity),
-            "evaluations": self.evaluations,
-            "validation_evaluations": self.validation_evaluations,
-            "history": [value if math.isfinite(value) else None for value in self.history],
-            "notes": list(self.notes),
-        }
+__all__ = ["Progress", "SearchResult", "check_budget", "read_init", "search_factors"]
 
 
 class Progress(Protocol):
     """Is told what a search does."""
 
     def plan(self, plan: Plan, sizes: Mapping[str, int], units: Mapping[str, float]) -> None:
-        """The plan, the number of documents of each part, and what one forward pass on each part counts."""
+        """The plan, the number of documents of each part, and what measuring one of each part counts."""
         ...
 
     def observe(self, trial: Trial, outcome: Outcome, measured_now: bool) -> None:
         """One outcome, measured now or known from the journal."""
         ...
+
+
+class SearchStopped(KeyboardInterrupt):
+    """Ctrl-C; `best` is the best so far, or None when nothing was compared yet."""
+
+    def __init__(self, best: SearchResult | None) -> None:
+        super().__init__("the search was stopped")
+        self.best = best
 
 
 def search_factors(
@@ -94,145 +72,126 @@ def search_factors(
     kind: str = "hf",
     fingerprint: str | None = None,
     progress: Progress | None = None,
+    tokenizer: Any = None,
+    workers: Callable[[Parts], AbstractContextManager[Executor]] | None = None,
 ) -> SearchResult:
     """Search factors for a model in memory.
 
     `rows` are token ids, each at least L' long: the first `config.documents` are searched on, the next
-    `config.validation_documents` choose. `kind` ("hf" or "gguf") says what `config.runtime` "auto" means. With
-    `journal_path`, a search that was stopped there is continued. The model gets its own rotary embedding back.
+    `config.validation_documents` choose, the next `config.report_documents` do neither. `kind` ("hf" or "gguf") says
+    what `config.runtime` "auto" means. With `journal_path`, a search that was stopped there is continued. The objective
+    "needle" needs the model's `tokenizer`; `workers` opens another executor than this process.
+    The model gets its own rotary embedding back.
 
     Raises `TextTooShortError`, `StaleStateError` when the journal is of another search, `UnsupportedModelError`,
-    `LongRopeError` for options that do not fit the runtime or a budget that is too small.
+    `LongRopeError` for options that do not fit the runtime or a budget that is too small, and `SearchStopped` on Ctrl-C.
     """
     resolved = config.resolve(numbers, kind)
     check_budget(resolved, numbers)
     init = read_init(resolved, numbers)
-    parts = split_rows(
-        rows, documents=config.documents, validation=config.validation_documents,
-        window=numbers.window, target=numbers.target, bos=getattr(model.config, "bos_token_id", None),
-    )  # fmt: skip
+    parts = search_parts(rows, numbers, resolved, getattr(model.config, "bos_token_id", None), tokenizer)
     objective = ModelObjective(model, numbers, parts)
     try:
-        header = _header(model, numbers, resolved, parts, init, fingerprint or fingerprint_model(model))
-        if journal_path is None:
-            plan = _new_plan(objective, numbers, resolved, parts)
-            return _Search(objective, None, numbers, resolved, plan, parts, header, progress).run(init)
-        with Journal(Path(journal_path)) as journal:
-            if journal.header is None:
-                plan = _new_plan(objective, numbers, resolved, parts)
-                journal.begin({**header, PLAN: plan.to_json()})
-            else:
-                journal.check(header)
-                plan = Plan(**journal.header[PLAN])
-            return _Search(objective, journal, numbers, resolved, plan, parts, header, progress).run(init)
+        engine = torch_engine(model)
+        header = search_header(engine, numbers, resolved, parts, init, fingerprint or fingerprint_model(model))
+        run = Run(objective, lambda: workers(parts) if workers else nullcontext(InProcess(objective)), header, init)
+        return search_measured(run, numbers, resolved, parts, journal_path, progress)
     finally:
         objective.close()
 
 
-class _Search:
-    """One search that is ready to run: what the phases share."""
+@dataclass(frozen=True)
+class Run:
+    """What measures in a search: the objective that is timed, what opens the executor, the journal's header, the start."""
 
-    def __init__(
-        self,
-        objective: ModelObjective,
-        journal: Journal | None,
-        numbers: RopeNumbers,
-        config: SearchConfig,
-        plan: Plan,
-        parts: Parts,
-        header: Mapping[str, Any],
-        progress: Progress | None,
-    ) -> None:
-        sizes = {part: len(rows) for part, rows in parts.items()}
+    objective: TimedObjective
+    executor: Callable[[], AbstractContextManager[Executor]]
+    header: Mapping[str, Any]
+    init: Candidate | None
+
+
+def search_measured(
+    run: Run,
+    numbers: RopeNumbers,
+    config: SearchConfig,
+    parts: Parts,
+    journal_path: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> SearchResult:
+    """Search with a resolved `config` and whatever measures; raises as `search_factors`."""
+
+    def search(journal: Journal | None, plan: Plan) -> SearchResult:
+        sizes = {part: len(documents) for part, documents in parts.items()}
         if progress:
-            progress.plan(plan, sizes, _units(numbers))
-        self.evaluator = Evaluator(InProcess(objective), sizes, journal, progress.observe if progress else None)
-        self.numbers, self.config, self.plan, self.header = numbers, config, plan, header
+            progress.plan(plan, sizes, part_units(config, numbers, parts))
+        with run.executor() as executor:
+            evaluator = Evaluator(executor, sizes, journal, progress.observe if progress else None)
+            stages = Stages(evaluator, numbers, config, plan, run.header, part_units(config, numbers, parts), run.init)
+            try:
+                return stages.run()
+            except KeyboardInterrupt:
+                raise SearchStopped(stages.best_so_far()) from None
 
-    def run(self, init: Candidate | None) -> SearchResult:
-        """All phases in order."""
-        seed = self.config.seed
-        long = search_long(self.evaluator, self.numbers, self.config, self.plan, seed, init)
-        tried: Mapping[int, float] = {}
-        if self.config.strategy == "gradient":
-            long, tried = choose_start_tokens(self.evaluator, long, self.config, self.plan)
-        # A GGUF holds one attention factor, which short sequences get as well.
-        shared = long.candidate.attention_factor if self.config.runtime == "gguf" else 1.0
-        short = search_short(self.evaluator, self.numbers, self.config, self.plan, seed, shared)
-        return self._result(long, tried, short)
-
-    def _result(self, long: LongResult, tried: Mapping[int, float], short: ShortResult) -> SearchResult:
-        searched, chosen_on = self._spent((SEARCH, SHORT_SEARCH)), self._spent((VALIDATION, SHORT_VALIDATION))
-        short_chosen = "original" if short.candidate.factors == self.numbers.unchanged().factors else SEARCHED
-        provenance = {
-            "method": "search",
-            "strategy": self.config.strategy,
-            "seed": self.config.seed,
-            "chosen": long.chosen,
-            "evaluations": searched,
-            "validation_evaluations": chosen_on,
-            "search_perplexity": _finite_values(long.search),
-            "validation_perplexity": _finite_values(long.validation),
-            "start_tokens_perplexity": _finite_values({str(value): ppl for value, ppl in tried.items()}),
-            "short": short_chosen,
-            "short_perplexity": {"original": short.original_perplexity, "searched": short.searched_perplexity},
-            **{name: value for name, value in self.header.items() if name not in ("strategy", "seed")},
-        }
-        return SearchResult(
-            self.numbers.record(long.candidate, short.candidate, provenance), long.chosen, short_chosen,
-            dict(long.search), dict(long.validation), searched, chosen_on, long.history, self._notes(long),
-        )  # fmt: skip
-
-    def _spent(self, parts: Sequence[str]) -> float:
-        units = _units(self.numbers)
-        total = sum(
-            count * units[part] * (GRADIENT_UNITS if gradient else 1.0)
-            for (part, gradient), count in sorted(self.evaluator.asked.items())
-            if part in parts
-        )
-        return round(total / self.config.documents, 4)
-
-    def _notes(self, long: LongResult) -> tuple[str, ...]:
-        notes = []
-        full = self.config.evolution.evaluations
-        if self.config.strategy == "evolution" and self.plan.evaluations < full:
-            notes.append(f"the budget stopped Algorithm 1 after {self.plan.evaluations:,} of its {full:,} evaluations")
-        if long.chosen != SEARCHED:
-            notes.append(f"on the validation documents {long.chosen} was not beaten; the record holds it")
-        if self.config.short == "search" and not (self.plan.short_steps or self.plan.short_evaluations):
-            notes.append("the budget is too small to search the short set; it is the original one")
-        return tuple(notes)
+    if journal_path is None:
+        return search(None, new_plan(run.objective, numbers, config, parts))
+    with Journal(Path(journal_path)) as journal:
+        if journal.header is None:
+            plan = new_plan(run.objective, numbers, config, parts)
+            journal.begin({**run.header, PLAN: plan.to_json()})
+        else:
+            journal.check(run.header)
+            plan = Plan(**journal.header[PLAN])
+        return search(journal, plan)
 
 
-def read_init(config: SearchConfig, numbers: RopeNumbers) -> Candidate | None:
-    """The long set of `config.init` (a longrope.json) relative to the model's present factors, or None.
-
-    Raises `InputFileError` when it cannot be read, `ScalingError` when it is for another model.
-    """
-    if config.init is None:
-        return None
-    try:
-        record = RopeScaling.from_json(Path(config.init).read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputFileError(f"{config.init} cannot be read: {error}") from None
-    if record.rotary_dim != numbers.rotary_dim:
-        raise ScalingError(
-            f"{config.init} has {record.rotary_dim // 2} factors, the model needs {numbers.pairs}: another model's"
-        )
-    factors = [total / base for total, base in zip(record.long_factor, numbers.base_factors)]
-    given = config.attention_factor(numbers)
-    attention = record.long_attention_factor / numbers.base_attention_factor if given is None else given
-    start_tokens = 0 if config.runtime == "gguf" else record.long_start_tokens
-    return Candidate(tuple(factors), attention, start_tokens)
+def search_parts(
+    rows: Sequence[npt.ArrayLike], numbers: RopeNumbers, config: SearchConfig, bos: int | None, tokenizer: Any = None
+) -> Parts:
+    """The documents of every part of a search; raises `TextTooShortError`, and `LongRopeError` as `Mixture.documents`."""
+    plain = split_rows(
+        rows, documents=config.documents, validation=config.validation_documents, report=config.report_documents,
+        window=numbers.window, target=numbers.target, bos=bos, lengths=set_lengths(config, numbers),
+    )  # fmt: skip
+    parts = with_plain_losses(plain)
+    if config.mixture.is_perplexity:
+        return parts
+    short_parts = {SEARCH: SHORT_SEARCH, VALIDATION: SHORT_VALIDATION}
+    for number, part in enumerate((SEARCH, VALIDATION)):
+        pieces = plain[short_parts[part]]
+        first = pieces[:: len(pieces) // len(plain[part])]
+        parts[part] = config.mixture.documents(plain[part], first, tokenizer, (config.seed, 2, number))
+    return parts
 
 
-def _new_plan(objective: ModelObjective, numbers: RopeNumbers, config: SearchConfig, parts: Parts) -> Plan:
-    sizes = _sizes(config, numbers, {part: len(rows) for part, rows in parts.items()})
-    return make_plan(config, sizes, lambda: probe(objective, numbers, config.strategy == "gradient"))
+def set_lengths(config: SearchConfig, numbers: RopeNumbers) -> tuple[int, ...]:
+    """The lengths of `config.sets` in tokens, rising; raises `ScalingError` for one that is not between L and L'."""
+    lengths = sorted({resolve_target(text, numbers.window) for text in config.sets})
+    for length in lengths:
+        if not numbers.window < length < numbers.target:
+            raise ScalingError(
+                f"--sets has {length:,} tokens; each must be between {numbers.window:,} and {numbers.target:,}"
+            )
+    return tuple(lengths)
+
+
+def new_plan(
+    objective: TimedObjective, numbers: RopeNumbers, config: SearchConfig, parts: Parts, timing: Timing | None = None
+) -> Plan:
+    """The plan of a search that begins; passes are timed, unless they were, where the budget is a time."""
+    sizes = _sizes(config, numbers, {part: len(documents) for part, documents in parts.items()})
+
+    def measured() -> Timing:
+        found = timing or probe(objective, numbers, config.method == "gradient")
+        # A population keeps every worker busy; a descent asks for a few documents at a time.
+        at_once = 1 if config.executor == "local" or config.method == "gradient" else config.worker_count
+        return Timing(*(seconds / at_once for seconds in astuple(found)))
+
+    return make_plan(config, sizes, measured)
 
 
 def _sizes(config: SearchConfig, numbers: RopeNumbers, documents: Mapping[str, int]) -> Sizes:
     values = len(config.start_tokens or (0,))
+    free = numbers.pairs - min(config.critical_indices or (0,))
     return Sizes(
         documents=documents[SEARCH],
         validation=documents[VALIDATION],
@@ -241,11 +200,16 @@ def _sizes(config: SearchConfig, numbers: RopeNumbers, documents: Mapping[str, i
         baselines=len(config.baselines),
         starts=values if values > 1 else 0,
         short_ratio=1.0 / numbers.scale,
+        unit=config.mixture.passes(numbers.scale),
+        sets=tuple(length / numbers.target for length in set_lengths(config, numbers)),
+        arms=len(config.critical_indices or (0,)),
+        population=config.cmaes.candidates(max(free, 1), bool(config.learn_attention)),
     )
 
 
 def check_budget(config: SearchConfig, numbers: RopeNumbers) -> None:
     """Raise `LongRopeError` when a resolved configuration's number of evaluations does not pay for one step."""
+    set_lengths(config, numbers)
     if parse_budget(config.budget).evaluations is None:
         return
     pieces = min(SHORT_PIECES, numbers.target // numbers.window)
@@ -254,48 +218,11 @@ def check_budget(config: SearchConfig, numbers: RopeNumbers) -> None:
     make_plan(config, _sizes(config, numbers, counts), lambda: Timing(1.0, 1.0, 1.0, 1.0))
 
 
-def _units(numbers: RopeNumbers) -> dict[str, float]:
-    short = numbers.window / numbers.target
-    return {SEARCH: 1.0, VALIDATION: 1.0, SHORT_SEARCH: short, SHORT_VALIDATION: short}
-
-
-def _header(
-    model: nn.Module,
-    numbers: RopeNumbers,
-    config: SearchConfig,
-    parts: Parts,
-    init: Candidate | None,
-    fingerprint: str,
-) -> dict[str, Any]:
-    import transformers
-
-    weight = next(model.parameters())
-    return {
-        "model": fingerprint,
-        "data": rows_hash(parts),
-        "window": numbers.window,
-        "target": numbers.target,
-        "strategy": config.strategy,
-        "seed": config.seed,
-        "configuration": config.to_header(),
-        "init": None if init is None else init.to_json(),
-        "versions": {
-            "longrope-export": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "threads": torch.get_num_threads(),
-        "device": _device(weight.device),
-        "dtype": str(weight.dtype).removeprefix("torch."),
-    }
-
-
-def _device(device: torch.device) -> str:
-    # Other vector units round differently: a search continued on them would not end bit for bit the same.
-    if device.type == "cpu":
-        return f"cpu {torch.backends.cpu.get_cpu_capability()}"
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-
-
-def _finite_values(values: Mapping[Any, float]) -> dict[str, float | None]:
-    return {str(name): value if math.isfinite(value) else None for name, value in values.items()}
+def part_units(config: SearchConfig, numbers: RopeNumbers, parts: Mapping[str, Any]) -> dict[str, float]:
+    """What one forward pass on a document of each part counts, in search documents measured."""
+    unit = config.mixture.passes(numbers.scale)
+    units = {SEARCH: 1.0, VALIDATION: 1.0, REPORT: 1.0 / unit}
+    for part in parts:
+        length = int(part.partition("@")[2] or numbers.window)
+        units.setdefault(part, length / numbers.target / unit)
+    return units

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -38,7 +39,8 @@ class Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # a line that a full disk refused is refused again
+            self._file.close()
 
     def check(self, header: Mapping[str, Any]) -> None:
         """Raise `StaleStateError`, naming the field, unless the journal's header equals `header` but for the plan."""

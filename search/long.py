@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from longrope_export.errors import NumericalError, UnsupportedModelError
+from longrope_export.search.build import Phase, build, build_index_search
 from longrope_export.search.config import SearchConfig
 from longrope_export.search.evaluator import Evaluator
 from longrope_export.search.plan import Plan
-from longrope_export.search.protocol import SEARCH, VALIDATION
-from longrope_export.search.space import Candidate, PaperSpace, RopeNumbers, closed_form
-from longrope_export.search.strategies.evolution import Evolution
-from longrope_export.search.strategies.gradient import Descent, GradientDescent
+from longrope_export.search.protocol import SEARCH, VALIDATION, Strategy
+from longrope_export.search.space import Candidate, RopeNumbers, closed_form
+from longrope_export.search.strategies.critical_dimension import CriticalIndexSearch, Recorded
+from longrope_export.search.strategies.gradient import Descent
 
 # Algorithm 1's seeds. The paper says YaRN, which is frequency-linear; the released code seeds with the
 # wavelength-linear variant alone, and with neither PI nor NTK.
@@ -27,7 +28,8 @@ SEARCHED = "searched"
 class LongResult:
     """The chosen long set, its name ("searched" or a closed form's), and perplexities by name on either part.
 
-    `history` is the best loss after each generation, or the loss at each step.
+    `history` is the best loss after each generation, or the loss at each step; `critical` holds the search perplexity
+    by critical index, as far as they were compared.
     """
 
     candidate: Candidate
@@ -35,116 +37,126 @@ class LongResult:
     search: Mapping[str, float]
     validation: Mapping[str, float]
     history: tuple[float, ...]
+    critical: Mapping[int, float]
 
 
-def search_long(
-    evaluator: Evaluator,
-    numbers: RopeNumbers,
-    config: SearchConfig,
-    plan: Plan,
-    seed: int,
-    init: Candidate | None = None,
-) -> LongResult:
-    """Find the long set at length L'; on the validation documents it is never worse than the best closed form.
+class LongSearch:
+    """The search for the long set at length L', in order; `strategy` is there once it runs.
 
-    Raises `UnsupportedModelError` when factors do not change the model's loss, `NumericalError` when no candidate has
-    a finite one.
+    On the validation documents the result is never worse than the best closed form.
     """
-    attention = config.attention_factor(numbers)
-    baselines = {name: closed_form(name, numbers, attention) for name in config.baselines}
-    search: dict[str, float] = {}
-    if config.strategy == "evolution":
-        strategy: Evolution | GradientDescent = _evolution(evaluator, numbers, config, plan, seed)
-    else:
-        starts = {"init": init} if init else baselines
-        losses = evaluator.mean_losses(list(starts.values()), SEARCH, plan.baseline_documents)
-        _check_effect(losses, numbers)
-        search |= {name: _perplexity(loss) for name, loss in zip(starts, losses)}
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        numbers: RopeNumbers,
+        config: SearchConfig,
+        plan: Plan,
+        init: Candidate | None = None,
+    ) -> None:
+        self._evaluator, self._numbers, self._config, self._plan = evaluator, numbers, config, plan
+        attention = config.attention_factor(numbers)
+        self.closed_forms = {name: closed_form(name, numbers, attention) for name in config.baselines}
+        self._named = self.closed_forms | ({"init": init} if init else {})
+        self._init = init
+        self.strategy: Recorded | None = None
+
+    def run(self) -> LongResult:
+        """Measure, search, choose.
+
+        Raises `UnsupportedModelError` when factors do not change the model's loss, `NumericalError` when no candidate
+        has a finite one.
+        """
+        losses = self._evaluator.mean_losses(list(self._named.values()), VALIDATION)
+        _check_effect(losses, self._numbers)
+        search: dict[str, float] = {}
+        self.strategy = strategy = self._strategy(search)
+        self._evaluator.run(strategy)
+        named = self._named | {SEARCHED: self._best(strategy)}
+        losses = self._evaluator.mean_losses(list(named.values()), VALIDATION)
+        validation = {name: perplexity(loss) for name, loss in zip(named, losses)}
+        chosen = min(named, key=lambda name: (validation[name], name == SEARCHED))
+        if not math.isfinite(validation[chosen]):
+            raise NumericalError("every candidate's loss is NaN or infinite; try --dtype float32")
+        search[SEARCHED] = self._final_search(strategy, named[SEARCHED])
+        compared = strategy.losses if isinstance(strategy, CriticalIndexSearch) else {}
+        critical = {index: perplexity(loss) for index, loss in compared.items()}
+        return LongResult(named[chosen], chosen, search, validation, tuple(strategy.history), critical)
+
+    def _strategy(self, search: dict[str, float]) -> Recorded:
+        """The strategy, begun at the closed form (or `init`) that is best on some search documents."""
+        config = self._config
+        if config.method == "evolution":
+            attention = config.attention_factor(self._numbers)
+            start = self._numbers.unchanged(1.0 if attention is None else attention)
+            return build(self._evaluator, config, self._numbers, self._phase(start))
+        starts = {"init": self._init} if self._init else self.closed_forms
+        losses = self._evaluator.mean_losses(list(starts.values()), SEARCH, self._plan.baseline_documents)
+        search |= {name: perplexity(loss) for name, loss in zip(starts, losses)}
         start = list(starts.values())[int(np.argmin(losses))]
-        strategy = _descent(evaluator, numbers, config, plan, seed, start)
-    evaluator.run(strategy)
-    named = baselines | ({"init": init} if init else {}) | {SEARCHED: _best(evaluator, strategy)}
-    losses = evaluator.mean_losses(list(named.values()), VALIDATION)
-    validation = {name: _perplexity(loss) for name, loss in zip(named, losses)}
-    chosen = min(named, key=lambda name: (validation[name], name == SEARCHED))
-    if not math.isfinite(validation[chosen]):
-        raise NumericalError("every candidate's loss is NaN or infinite; try --dtype float32")
-    search[SEARCHED] = _final_search(evaluator, config, plan, strategy, named[SEARCHED])
-    return LongResult(named[chosen], chosen, search, validation, tuple(strategy.history))
+        arms = {
+            index: build(self._evaluator, config, self._numbers, self._phase(start, index))
+            for index in config.critical_indices or (0,)
+        }
+        return build_index_search(arms, self._plan.rounds, self._plan.compare_documents, SEARCH)
+
+    def _phase(self, start: Candidate, critical: int = 0) -> Phase:
+        config, plan = self._config, self._plan
+        return Phase(
+            start=start,
+            seeds=[closed_form(name, self._numbers) for name in EVOLUTION_SEEDS],
+            parts=(SEARCH, VALIDATION),
+            descent=Descent(plan.steps, plan.documents_per_step, plan.checkpoints),
+            evaluations=plan.evaluations,
+            bound=config.bound * self._numbers.scale,
+            learn_attention=bool(config.learn_attention),
+            seed=(config.seed, 0),
+            evolution=config.evolution,
+            start_tokens=config.start_tokens or (0,),
+            critical=critical,
+        )
+
+    def _best(self, strategy: Strategy) -> Candidate:
+        finalists = strategy.finalists()
+        losses = self._evaluator.mean_losses(finalists, VALIDATION)
+        return finalists[int(np.argmin(losses))]
+
+    def _final_search(self, strategy: Recorded, found: Candidate) -> float:
+        if self._config.method == "evolution":
+            return perplexity(strategy.history[-1])
+        # On the documents that the closed forms were compared on, so that these numbers stand beside each other.
+        return perplexity(self._evaluator.mean_losses([found], SEARCH, self._plan.baseline_documents)[0])
 
 
 def choose_start_tokens(
     evaluator: Evaluator, result: LongResult, config: SearchConfig, plan: Plan
 ) -> tuple[LongResult, Mapping[int, float]]:
     """Try the values of n̂ with the factors fixed: one is taken if it is better on the search and on the validation
-    documents, so that 0 wins ties. Returns the result and the search perplexities by n̂.
+    documents, so that the present one wins ties. Returns the result and the search perplexities by n̂.
     """
     if not plan.start_documents:
         return result, {}
-    values = config.start_tokens or (0,)
+    values = list(dict.fromkeys((result.candidate.start_tokens, *(config.start_tokens or (0,)))))
     candidates = [replace(result.candidate, start_tokens=value) for value in values]
     losses = evaluator.mean_losses(candidates, SEARCH, plan.start_documents)
-    tried = {value: _perplexity(loss) for value, loss in zip(values, losses)}
+    tried = {value: perplexity(loss) for value, loss in zip(values, losses)}
     best = int(np.argmin(losses))
-    if values[best] == 0:
+    if best == 0:
         return result, tried
     before, after = evaluator.mean_losses([result.candidate, candidates[best]], VALIDATION)
     if not after < before:
         return result, tried
-    validation = {**result.validation, f"{result.chosen}, n̂ = {values[best]}": _perplexity(after)}
+    validation = {**result.validation, f"{result.chosen}, n̂ = {values[best]}": perplexity(after)}
     return replace(result, candidate=candidates[best], validation=validation), tried
 
 
-def _evolution(evaluator: Evaluator, numbers: RopeNumbers, config: SearchConfig, plan: Plan, seed: int) -> Evolution:
-    attention = config.attention_factor(numbers)
-    return Evolution(
-        PaperSpace(numbers.pairs, config.bound * numbers.scale, config.step, config.start_tokens or (0,)),
-        [closed_form(name, numbers) for name in EVOLUTION_SEEDS],
-        config.evolution,
-        documents=evaluator.documents[SEARCH],
-        evaluations=plan.evaluations,
-        attention_factor=1.0 if attention is None else attention,
-        generator=np.random.default_rng([seed, 0]),
-    )
-
-
-def _descent(
-    evaluator: Evaluator, numbers: RopeNumbers, config: SearchConfig, plan: Plan, seed: int, start: Candidate
-) -> GradientDescent:
-    return GradientDescent(
-        start,
-        config.gradient,
-        Descent(plan.steps, plan.documents_per_step, plan.checkpoints),
-        learn_attention=bool(config.learn_attention),
-        documents=evaluator.documents[SEARCH],
-        validation_documents=evaluator.documents[VALIDATION],
-        bound=config.bound * numbers.scale,
-        turns=numbers.turns,
-        generator=np.random.default_rng([seed, 0]),
-    )
-
-
-def _best(evaluator: Evaluator, strategy: Evolution | GradientDescent) -> Candidate:
-    finalists = strategy.finalists()
-    losses = evaluator.mean_losses(finalists, VALIDATION)
-    return finalists[int(np.argmin(losses))]
-
-
-def _final_search(
-    evaluator: Evaluator, config: SearchConfig, plan: Plan, strategy: Evolution | GradientDescent, found: Candidate
-) -> float:
-    if config.strategy == "evolution":
-        return _perplexity(strategy.history[-1])
-    # On the documents that the closed forms were compared on, so that these numbers stand beside each other.
-    return _perplexity(evaluator.mean_losses([found], SEARCH, plan.baseline_documents)[0])
-
-
-def _check_effect(losses: list[float], numbers: RopeNumbers) -> None:
+def _check_effect(losses: Sequence[float], numbers: RopeNumbers) -> None:
     if len(losses) > 1 and numbers.pairs > 1 and len(set(losses)) == 1 and math.isfinite(losses[0]):
         raise UnsupportedModelError(
             "different factors give exactly the same loss: this model's rotary embedding is not where it is expected"
         )
 
 
-def _perplexity(loss: float) -> float:
+def perplexity(loss: float) -> float:
+    """exp of a loss in nats, inf where that is no number."""
     return math.exp(min(loss, 700.0)) if math.isfinite(loss) else math.inf

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,26 +13,38 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from longrope_export.evaluation.losses import body_states, check_head, head_logits
+from longrope_export.evaluation.losses import body_states, check_head, head_logits, state_losses
 from longrope_export.rotary import FixedRotary, family_of, replace_rotary
+from longrope_export.search.memory import CHUNK, activation_bytes
+from longrope_export.search.mixture import Document, plain
 from longrope_export.search.protocol import Outcome, Trial
 from longrope_export.search.space import Candidate, RopeNumbers
 
-Documents = Mapping[str, Sequence[npt.NDArray[np.int64]]]
+Documents = Mapping[str, Sequence[npt.NDArray[np.int64] | Document]]
 
-# Positions whose logits exist at once.
-CHUNK = 512
 # Above this much memory for one layer-by-layer backward pass, layers are recomputed instead of kept.
 KEPT_ACTIVATIONS_BYTES = 1 << 30
 
 
-class ModelObjective:
-    """Mean cross entropy of tokens 2…T of each document under a candidate; the model stays as it is otherwise.
+@dataclass(frozen=True)
+class _Pass:
+    """One forward pass: ids [1, T], the places whose next tokens count [n], those tokens and their weights."""
 
-    `documents` maps a part's name to rows of token ids. The model is frozen, put into evaluation mode, and its rotary
-    embedding is replaced until `close`. Raises `UnsupportedModelError` when its family or its head is not known.
+    ids: Tensor
+    places: Tensor
+    targets: Tensor
+    weights: Tensor
+    penalty: bool
+
+
+class ModelObjective:
+    """Weighted cross entropy of each document's tokens under a candidate; the model stays as it is otherwise.
+
+    `documents` maps a part's name to documents; a row of token ids is one whose tokens 2…T count alike. The model is
+    frozen, put into evaluation mode, and its rotary embedding is replaced until `close`. Raises
+    `UnsupportedModelError` when its family or its head is not known.
     """
 
     def __init__(
@@ -44,33 +57,47 @@ class ModelObjective:
         self._rotary = FixedRotary(numbers.rope_theta, numbers.rotary_dim)
         self._before = replace_rotary(model, self._rotary)
         self._device = next(model.parameters()).device
-        self._documents = {
-            part: [torch.from_numpy(np.ascontiguousarray(row))[None] for row in rows]
-            for part, rows in documents.items()
-        }
-        longest = max((row.shape[1] for rows in self._documents.values() for row in rows), default=1)
+        self._documents = {part: [_passes(each) for each in rows] for part, rows in documents.items()}
+        every = (each for rows in self._documents.values() for document in rows for each in document)
+        longest = max((each.ids.shape[1] for each in every), default=1)
         keep = activation_bytes(model, longest) <= KEPT_ACTIVATIONS_BYTES
         self.recompute = not keep if recompute is None else recompute
+        self._unchanged: dict[int, float] = {}
 
     def measure(self, trial: Trial) -> Outcome:
         """The outcome of one trial."""
-        row = self._documents[trial.part][trial.document].to(self._device)
-        if trial.gradient:
-            return self._gradient(trial.candidate, row)
-        self._apply(trial.candidate)
-        with torch.no_grad():
-            hidden = body_states(self.model, row)[0, :-1]
-            total = math.fsum(_chunk_losses(self.model, hidden, row[0, 1:]))
-        return Outcome(_finite(total / (row.shape[1] - 1)))
+        parts = [
+            self._piece(each, trial.candidate, trial.gradient) for each in self._documents[trial.part][trial.document]
+        ]
+        loss = _finite(math.fsum(loss for loss, _ in parts))
+        if not trial.gradient:
+            return Outcome(loss)
+        gradients = np.array([gradient for _, gradient in parts])
+        return Outcome(loss, tuple(_finite(value) for value in gradients.sum(axis=0).tolist()))
 
     def measure_prefix(self, candidate: Candidate, part: str, length: int, *, gradient: bool) -> None:
-        """Run a trial on the first `length` tokens of the part's first document: for measuring time."""
-        kept = self._documents[part]
-        self._documents[part] = [kept[0][:, :length]]
-        try:
-            self.measure(Trial(candidate, part, 0, gradient))
-        finally:
-            self._documents[part] = kept
+        """Run a pass on the first `length` tokens of the part's first document: for measuring time."""
+        ids = self._documents[part][0][0].ids[0, :length].cpu().numpy()
+        (prefix,) = _passes(ids)
+        self._piece(prefix, candidate, gradient)
+
+    def _piece(self, piece: _Pass, candidate: Candidate, gradient: bool) -> tuple[float, list[float]]:
+        loss, slope = self._gradient(candidate, piece) if gradient else (self._loss(candidate, piece), [])
+        if not piece.penalty:
+            return loss, slope
+        if id(piece) not in self._unchanged:
+            # Measured once by whoever needs it: the same number everywhere, so it is no part of the journal.
+            self._unchanged[id(piece)] = self._loss(self._numbers.unchanged(), piece)
+        above = loss - self._unchanged[id(piece)]
+        return (above, slope) if not above <= 0.0 else (0.0, [0.0] * len(slope))
+
+    def _loss(self, candidate: Candidate, piece: _Pass) -> float:
+        self._apply(candidate)
+        with torch.no_grad():
+            hidden = body_states(self.model, piece.ids.to(self._device))[0]
+            states, targets = hidden[piece.places.to(hidden.device)], piece.targets.to(hidden.device)
+            losses = state_losses(self.model, states, targets, chunk=CHUNK)
+        return math.fsum((losses.double().cpu() * piece.weights).tolist())
 
     def close(self) -> None:
         """Give the model its own rotary embedding back."""
@@ -83,59 +110,49 @@ class ModelObjective:
             factors, attention = factors * torch.exp(offsets[:-1]), attention * torch.exp(offsets[-1])
         self._rotary.set_factors(factors, attention, candidate.start_tokens)
 
-    def _gradient(self, candidate: Candidate, row: Tensor) -> Outcome:
+    def _gradient(self, candidate: Candidate, piece: _Pass) -> tuple[float, list[float]]:
         # Offsets in (log λ …, log attention): their gradient at 0 is what the strategies descend on.
         offsets = torch.zeros(self._numbers.pairs + 1, dtype=torch.float64, requires_grad=True)
         self._apply(candidate, offsets)
         with _recomputed_layers(self.model, self.recompute):
-            hidden = body_states(self.model, row)[0, :-1]
-            loss, wanted = _head_gradient(self.model, hidden.detach(), row[0, 1:])
-            torch.autograd.backward(hidden, wanted)
+            hidden = body_states(self.model, piece.ids.to(self._device))[0]
+            states = hidden[piece.places.to(hidden.device)]
+            loss, wanted = _head_gradient(self.model, states.detach(), piece)
+            torch.autograd.backward(states, wanted)
         self._apply(candidate)
         assert offsets.grad is not None
-        return Outcome(_finite(loss), tuple(_finite(value) for value in offsets.grad.tolist()))
+        return loss, offsets.grad.tolist()
 
 
-def _chunk_losses(model: nn.Module, hidden: Tensor, targets: Tensor) -> list[float]:
-    """Sums of the losses of `CHUNK` positions each, float32 logits."""
-    return [
-        float(_summed_loss(model, hidden[start : start + CHUNK], targets[start : start + CHUNK]))
-        for start in range(0, len(targets), CHUNK)
-    ]
+def _passes(document: npt.NDArray[np.int64] | Document) -> list[_Pass]:
+    passes = []
+    for piece in plain(document) if isinstance(document, np.ndarray) else document:
+        ids = torch.from_numpy(np.ascontiguousarray(piece.token_ids))
+        places = torch.from_numpy(np.flatnonzero(piece.weights))
+        weights = torch.from_numpy(piece.weights)[places]
+        passes.append(_Pass(ids[None], places, ids[places + 1], weights, piece.penalty))
+    return passes
 
 
-def _summed_loss(model: nn.Module, states: Tensor, targets: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(head_logits(model, states).float(), targets, reduction="sum")
-
-
-def _head_gradient(model: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[float, Tensor]:
-    """Mean loss of hidden states [T, hidden], and its gradient in them, chunk by chunk.
+def _head_gradient(model: nn.Module, states: Tensor, piece: _Pass) -> tuple[float, Tensor]:
+    """Weighted loss of hidden states [n, hidden], and its gradient in them, chunk by chunk.
 
     Each chunk's backward follows its forward at once, so no logits are kept and none are computed twice.
     """
-    gradients, total = torch.empty_like(hidden), []
-    for start in range(0, len(targets), CHUNK):
-        states = hidden[start : start + CHUNK].requires_grad_()
-        wanted = targets[start : start + CHUNK]
+    targets, weights = piece.targets.to(states.device), piece.weights.to(states.device, torch.float32)
+    gradients, total = torch.empty_like(states), []
+    for place in (slice(start, start + CHUNK) for start in range(0, len(targets), CHUNK)):
+        chunk = states[place].requires_grad_()
         with torch.enable_grad():
-            loss = _summed_loss(model, states, wanted)
-            (part,) = torch.autograd.grad(loss / len(targets), states)
-        gradients[start : start + CHUNK] = part
-        total.append(loss.item())
-    return math.fsum(total) / len(targets), gradients
-
-
-def activation_bytes(model: nn.Module, length: int) -> int:
-    """Rough memory that one backward pass keeps for `length` tokens without recomputing layers."""
-    config: Any = model.config
-    hidden, intermediate = int(config.hidden_size), int(getattr(config, "intermediate_size", 0) or 0)
-    values = int(config.num_hidden_layers) * length * (16 * hidden + 4 * intermediate)
-    return values * next(model.parameters()).element_size()
+            losses = nn.functional.cross_entropy(head_logits(model, chunk).float(), targets[place], reduction="none")
+            (gradients[place],) = torch.autograd.grad(losses @ weights[place], chunk)
+        total += (losses.detach().double().cpu() * piece.weights[place]).tolist()
+    return math.fsum(total), gradients
 
 
 @contextlib.contextmanager
 def _recomputed_layers(model: nn.Module, active: bool) -> Iterator[None]:
-    """While active, every layer keeps only its input and is computed again in the backward pass.
+    """While active, every layer keeps only its input and its attention's output; the rest is computed again.
 
     transformers does this in training mode only; the mode is set on the layers alone and not below them, so that no
     dropout runs.
@@ -143,12 +160,24 @@ def _recomputed_layers(model: nn.Module, active: bool) -> Iterator[None]:
     layers = _checkpointable_layers(model) if active else []
     for layer in layers:
         layer.training = layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, context_fn=_keeping_attention)
     try:
         yield
     finally:
         for layer in layers:
             layer.training = layer.gradient_checkpointing = False
+
+
+def _keeping_attention() -> tuple[Any, Any]:
+    contexts: tuple[Any, Any] = create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
+    return contexts
+
+
+def _policy(context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+    # Attention grows with the square of the length, its output only with the length: it is worth keeping.
+    name = str(operation)
+    kept = name.startswith("aten._scaled_dot_product") and "backward" not in name
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _checkpointable_layers(model: nn.Module) -> list[Any]:

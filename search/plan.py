@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from longrope_export.errors import LongRopeError
 from longrope_export.search.config import DEFAULT_EVALUATIONS, DEFAULT_SECONDS, Budget, SearchConfig, parse_budget
+from longrope_export.search.strategies.critical_dimension import rung_sizes
 
 # A gradient costs its forward pass and a backward pass, which counts as two more.
 GRADIENT_UNITS = 3.0
@@ -33,16 +34,24 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Numbers of everything that a search will do; `units` is their sum in forward passes at the long length."""
+    """Numbers of everything that a search will do; `units` is their sum, in documents measured at the long length.
+
+    `rounds` and `compare_documents` are for several critical indices: how often each is served before they are
+    compared, and on how many documents. `set_*` are for each length in between.
+    """
 
     evaluations: int = 0
     baseline_documents: int = 0
     steps: int = 0
     documents_per_step: int = 1
     checkpoints: int = 0
+    rounds: int = 0
+    compare_documents: int = 0
     start_documents: int = 0
     short_steps: int = 0
     short_evaluations: int = 0
+    set_steps: int = 0
+    set_evaluations: int = 0
     units: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
@@ -52,7 +61,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the costs depend on: documents of each part, closed forms, values of n̂ above 0, and L/L'."""
+    """What the costs depend on: documents of each part, closed forms, values of n̂ above 0, L/L', and more.
+
+    `unit` is the cost of one search document in forward passes at L' (an objective may need several); `sets` holds
+    ℓ/L' for each length in between; `arms` is the number of critical indices, `population` of candidates a generation.
+    """
 
     documents: int
     validation: int
@@ -61,6 +74,20 @@ class Sizes:
     baselines: int
     starts: int
     short_ratio: float
+    unit: float = 1.0
+    sets: tuple[float, ...] = ()
+    arms: int = 1
+    population: int = 1
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """Costs in search documents measured: what one of them is worth in everything else."""
+
+    gradient: float
+    short_forward: float
+    short_gradient: float
+    sets: tuple[float, ...]
 
 
 def make_plan(config: SearchConfig, sizes: Sizes, measure: Callable[[], Timing]) -> Plan:
@@ -70,64 +97,146 @@ def make_plan(config: SearchConfig, sizes: Sizes, measure: Callable[[], Timing])
     """
     budget = parse_budget(config.budget)
     timing = measure() if budget.evaluations is None else None
-    passes = _passes(config, sizes, budget, timing)
-    planner = _plan_evolution if config.strategy == "evolution" else _plan_gradient
-    return planner(config, sizes, passes, timing)
+    measured = _measured(config, sizes, budget, timing)
+    return _PLANNERS[config.method](config, sizes, measured, _costs(sizes, timing))
 
 
-def _passes(config: SearchConfig, sizes: Sizes, budget: Budget, timing: Timing | None) -> float:
-    """Forward passes at the long length that the budget pays on the search documents."""
+def expected_seconds(config: SearchConfig, plan: Plan, timing: Timing, unit: float) -> float:
+    """Time of a whole plan at the measured pace; `unit` is one search document's cost in forward passes."""
+    by_time = parse_budget(config.budget).evaluations is None
+    # A number of evaluations counts a gradient as three passes, whatever it takes here.
+    excess = 0.0 if by_time else timing.gradient / timing.forward - GRADIENT_UNITS
+    alive = rung_sizes(len(config.critical_indices or (0,)))
+    gradients = plan.steps * plan.documents_per_step * sum(alive) / len(alive)
+    return timing.forward * unit * (plan.units + gradients * excess)
+
+
+def _measured(config: SearchConfig, sizes: Sizes, budget: Budget, timing: Timing | None) -> float:
+    """Search documents that the budget lets be measured, besides what the final choice costs."""
     if budget.evaluations is not None:
         return budget.evaluations * sizes.documents
     assert timing is not None
     final = (sizes.baselines + 3) * sizes.validation
-    affordable = (budget.seconds or DEFAULT_SECONDS) / timing.forward - final
+    affordable = (budget.seconds or DEFAULT_SECONDS) / (timing.forward * sizes.unit) - final
     if budget.seconds is not None:
         return affordable
-    full = config.evolution.evaluations / (1.0 - _short_share(config))
-    wanted = DEFAULT_EVALUATIONS.get(config.strategy, full)
-    return min(affordable, wanted * sizes.documents)
+    full = config.evolution.evaluations / (1.0 - _short_share(config) - _sets_share(config, sizes))
+    return min(affordable, DEFAULT_EVALUATIONS.get(config.method, full) * sizes.documents)
+
+
+def _costs(sizes: Sizes, timing: Timing | None) -> _Costs:
+    sets = tuple(ratio / sizes.unit for ratio in sizes.sets)
+    short = sizes.short_ratio / sizes.unit
+    if timing is None:
+        return _Costs(GRADIENT_UNITS, short, short * GRADIENT_UNITS, sets)
+    whole = timing.forward * sizes.unit
+    return _Costs(
+        max(1.0, timing.gradient / timing.forward), timing.short_forward / whole, timing.short_gradient / whole, sets
+    )
 
 
 def _short_share(config: SearchConfig) -> float:
     return config.short_share if config.short == "search" else 0.0
 
 
-def _plan_evolution(config: SearchConfig, sizes: Sizes, passes: float, timing: Timing | None) -> Plan:
-    ratio = timing.short_forward / timing.forward if timing else sizes.short_ratio
+def _sets_share(config: SearchConfig, sizes: Sizes) -> float:
+    return config.sets_share * len(sizes.sets)
+
+
+def _plan_evolution(config: SearchConfig, sizes: Sizes, measured: float, costs: _Costs) -> Plan:
     most = min(_MOST_SHORT_EVALUATIONS, config.evolution.quarter().evaluations)
-    short = min(math.floor(passes * _short_share(config) / ratio / sizes.short_documents), most)
-    short = 0 if short < min(_FEWEST_SHORT_EVALUATIONS, most) else short
-    left = passes - short * sizes.short_documents * ratio
-    evaluations = min(config.evolution.evaluations, math.floor(left / sizes.documents))
+    short = _short_evaluations(config, sizes, measured, costs, most)
+    sets = _set_evaluations(config, sizes, measured, costs)
+    side = short * sizes.short_documents * costs.short_forward + sets * sizes.documents * sum(costs.sets)
+    evaluations = min(config.evolution.evaluations, math.floor((measured - side) / sizes.documents))
     if evaluations < 1:
         raise _too_small(config, 1.0)
-    units = float(evaluations * sizes.documents + (sizes.baselines + 1) * sizes.validation)
-    units += (short * sizes.short_documents + 2 * sizes.short_validation) * ratio if short else 0
-    return Plan(evaluations=evaluations, short_evaluations=short, units=units)
+    units = float(evaluations * sizes.documents + (sizes.baselines + 1) * sizes.validation) + side
+    return Plan(
+        evaluations=evaluations, short_evaluations=short, set_evaluations=sets,
+        units=units + _final_units(sizes, costs),
+    )  # fmt: skip
 
 
-def _plan_gradient(config: SearchConfig, sizes: Sizes, passes: float, timing: Timing | None) -> Plan:
-    cost = max(1.0, timing.gradient / timing.forward) if timing else GRADIENT_UNITS
-    seeds = 1 if config.init else sizes.baselines
-    baseline = min(max(math.floor(_BASELINE_SHARE * passes / (seeds + 1)), 1), sizes.documents)
-    starts = min(math.floor(_START_SHARE * passes / sizes.starts), sizes.documents) if sizes.starts else 0
-    starts = 0 if starts < min(2, sizes.documents) else starts
-    short_ratio = timing.short_gradient / timing.forward if timing else sizes.short_ratio * GRADIENT_UNITS
-    short = math.floor(_short_share(config) * passes / short_ratio)
+def _short_evaluations(config: SearchConfig, sizes: Sizes, measured: float, costs: _Costs, most: int) -> int:
+    paid = math.floor(measured * _short_share(config) / costs.short_forward / sizes.short_documents)
+    short = min(paid, most)
+    return 0 if short < min(_FEWEST_SHORT_EVALUATIONS, most) else short
+
+
+def _set_evaluations(config: SearchConfig, sizes: Sizes, measured: float, costs: _Costs) -> int:
+    return math.floor(measured * config.sets_share / max(costs.sets) / sizes.documents) if costs.sets else 0
+
+
+def _plan_cmaes(config: SearchConfig, sizes: Sizes, measured: float, costs: _Costs) -> Plan:
+    baseline, starts, fixed = _comparisons(config, sizes, measured)
+    short = _short_evaluations(config, sizes, measured, costs, _MOST_SHORT_EVALUATIONS)
+    sets = _set_evaluations(config, sizes, measured, costs)
+    side = short * sizes.short_documents * costs.short_forward + sets * sizes.documents * sum(costs.sets)
+    rungs, share, compared = _rungs(sizes)
+    compare = baseline if sizes.arms > 1 else 0
+    evaluations = math.floor((measured - fixed - side - compared * compare) / sizes.documents * share)
+    if evaluations < sizes.population * rungs:
+        least = (fixed + compared * compare) / sizes.documents + sizes.population * rungs / share
+        raise _too_small(config, least / (1.0 - _short_share(config) - _sets_share(config, sizes)))
+    generations = evaluations // sizes.population
+    checkpoints = min(max(generations // 3, 1), _MOST_CHECKPOINTS)
+    asks = max(1, sizes.documents - 1) if config.race else 1
+    units = evaluations / share * sizes.documents + fixed + side + compared * compare
+    units += (sizes.baselines + checkpoints + 2) * sizes.validation + _final_units(sizes, costs)
+    return Plan(
+        evaluations=evaluations, baseline_documents=baseline, checkpoints=checkpoints,
+        rounds=generations // rungs * asks, compare_documents=compare, start_documents=starts,
+        short_evaluations=short, set_evaluations=sets, units=units,
+    )  # fmt: skip
+
+
+def _plan_gradient(config: SearchConfig, sizes: Sizes, measured: float, costs: _Costs) -> Plan:
+    baseline, starts, fixed = _comparisons(config, sizes, measured)
+    short = math.floor(_short_share(config) * measured / costs.short_gradient)
     short = 0 if short < _FEWEST_SHORT_STEPS else min(short, _MOST_SHORT_STEPS)
-    fixed = (seeds + 1) * baseline + starts * sizes.starts + short * short_ratio
-    gradients = math.floor((passes - fixed) / cost + 1e-9)
-    if gradients < (config.gradient.documents_per_step or 1):
-        raise _too_small(config, (seeds + 1 + cost * (config.gradient.documents_per_step or 1)) / sizes.documents)
-    wide = config.gradient.documents_per_step or min(max(round(gradients / _STEPS_BEFORE_WIDENING), 1), sizes.documents)
+    sets = _set_steps(config, measured, costs)
+    rungs, share, compared = _rungs(sizes)
+    compare = baseline if sizes.arms > 1 else 0
+    fixed += short * costs.short_gradient + sets * sum(costs.sets) * costs.gradient + compared * compare
+    gradients = math.floor((measured - fixed) / costs.gradient * share + 1e-9)
+    given = config.gradient.documents_per_step
+    if gradients < (given or 1) * rungs:
+        least = (fixed + costs.gradient * (given or 1) * rungs / share) / sizes.documents
+        raise _too_small(config, least)
+    wide = given or min(max(round(gradients / _STEPS_BEFORE_WIDENING), 1), sizes.documents)
     steps = gradients // wide
     checkpoints = min(max(steps // _CHECKPOINT_EVERY, 1), _MOST_CHECKPOINTS)
-    units = fixed + steps * wide * cost + (sizes.baselines + checkpoints + 2) * sizes.validation
+    units = fixed + steps * wide * costs.gradient / share + (sizes.baselines + checkpoints + 2) * sizes.validation
     return Plan(
         baseline_documents=baseline, steps=steps, documents_per_step=wide, checkpoints=checkpoints,
-        start_documents=starts, short_steps=short, units=units,
+        rounds=steps // rungs, compare_documents=compare, start_documents=starts, short_steps=short, set_steps=sets,
+        units=units + _final_units(sizes, costs),
     )  # fmt: skip
+
+
+def _set_steps(config: SearchConfig, measured: float, costs: _Costs) -> int:
+    return math.floor(config.sets_share * measured / (max(costs.sets) * costs.gradient)) if costs.sets else 0
+
+
+def _comparisons(config: SearchConfig, sizes: Sizes, measured: float) -> tuple[int, int, float]:
+    """Documents that the closed forms, and the values of n̂, are compared on; and what both cost."""
+    seeds = 1 if config.init else sizes.baselines
+    baseline = min(max(math.floor(_BASELINE_SHARE * measured / (seeds + 1)), 1), sizes.documents)
+    starts = min(math.floor(_START_SHARE * measured / sizes.starts), sizes.documents) if sizes.starts else 0
+    starts = 0 if starts < min(2, sizes.documents) else starts
+    return baseline, starts, float((seeds + 1) * baseline + starts * sizes.starts)
+
+
+def _rungs(sizes: Sizes) -> tuple[int, float, int]:
+    """Rungs that the arms are halved in, the last arm's share of all their work, and candidates compared."""
+    alive = rung_sizes(sizes.arms)
+    return len(alive), len(alive) / sum(alive), sum(alive[:-1])
+
+
+def _final_units(sizes: Sizes, costs: _Costs) -> float:
+    # What the window keeps: unchanged, with the short set, and with the long one.
+    return 3 * sizes.short_validation * costs.short_forward
 
 
 def _too_small(config: SearchConfig, least: float) -> LongRopeError:
@@ -135,3 +244,8 @@ def _too_small(config: SearchConfig, least: float) -> LongRopeError:
         f"the budget {config.budget or '(default time)'} does not pay for one step of {config.strategy}: "
         f"give at least {math.ceil(least)} evaluations, a longer time, or fewer --documents"
     )
+
+
+_PLANNERS: Mapping[str, Callable[[SearchConfig, Sizes, float, _Costs], Plan]] = {
+    "gradient": _plan_gradient, "evolution": _plan_evolution, "cmaes": _plan_cmaes
+}  # fmt: skip

@@ -5,16 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from longrope_export.search.objective import ModelObjective
 from longrope_export.search.plan import Timing
-from longrope_export.search.protocol import SEARCH, SHORT_SEARCH
+from longrope_export.search.protocol import SEARCH, SHORT_SEARCH, TimedObjective
 from longrope_export.search.space import RopeNumbers
 
 # A pass longer than this is not run for the probe but extrapolated from shorter ones.
 _DIRECT_SECONDS = 3.0
 
 
-def probe(objective: ModelObjective, numbers: RopeNumbers, gradient: bool) -> Timing:
+def probe(objective: TimedObjective, numbers: RopeNumbers, gradient: bool) -> Timing:
     """Seconds of each kind of pass; the gradients' are the forwards' when `gradient` is False."""
     candidate = numbers.unchanged()
 

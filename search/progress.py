@@ -92,10 +92,10 @@ class SearchProgress:
             return ""
         rate = (time.monotonic() - self._started) / self._measured
         seconds = max(0.0, self._total - self._done) * rate
-        return f", {_duration(seconds)} left"
+        return f", {duration(seconds)} left"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h {minutes:02}m" if hours else f"{minutes}m {rest:02}s" if minutes else f"{rest}s"

@@ -46,6 +46,12 @@ class Objective(Protocol):
     def measure(self, trial: Trial) -> Outcome: ...
 
 
+class TimedObjective(Objective, Protocol):
+    """An objective that a budget in time can be turned into a number of evaluations with."""
+
+    def measure_prefix(self, candidate: Candidate, part: str, length: int, *, gradient: bool) -> None: ...
+
+
 class Executor(Protocol):
     """Runs trials anywhere and in any order; yields (index in `trials`, outcome) as they finish."""
 

@@ -3,57 +3,153 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from longrope_export.description import ModelDescription, describe
 from longrope_export.errors import LongRopeError, OutputError, UnsupportedModelError
 from longrope_export.files import write_text
 from longrope_export.fingerprint import fingerprint
-from longrope_export.search.config import SearchConfig
-from longrope_export.search.factors import Progress, SearchResult, check_budget, read_init, search_factors
+from longrope_export.search.config import LLAMACPP, SearchConfig
+from longrope_export.search.executors import InProcess
+from longrope_export.search.factors import (
+    Progress,
+    Run,
+    SearchResult,
+    SearchStopped,
+    check_budget,
+    read_init,
+    search_factors,
+    search_measured,
+    search_parts,
+)
+from longrope_export.search.identity import search_header
+from longrope_export.search.lengths import resolve_target
+from longrope_export.search.llamacpp_objective import Patcher
+from longrope_export.search.measuring import (
+    JOURNAL,
+    check_measuring,
+    llamacpp_engine,
+    llamacpp_source,
+    model_workers,
+    open_workers,
+    worker_threads,
+)
+from longrope_export.search.protocol import Executor
 from longrope_export.search.space import RopeNumbers
 
-__all__ = ["JOURNAL", "RECORD", "SearchConfig", "SearchResult", "numbers_of", "run_search", "search_factors"]
+__all__ = [
+    "JOURNAL",
+    "RECORD",
+    "SearchConfig",
+    "SearchResult",
+    "SearchStopped",
+    "numbers_of",
+    "run_search",
+    "search_factors",
+]
 
-JOURNAL, RECORD = "journal.jsonl", "longrope.json"
+RECORD = "longrope.json"
 # Below this many parameters float32 is quick enough, and exact; above it weights are read as bfloat16.
 _FLOAT32_PARAMETERS = 50_000_000
 
 
-def run_search(config: SearchConfig, progress: Progress | None = None) -> SearchResult:
+def run_search(config: SearchConfig, progress: Progress | None = None, patch: Patcher | None = None) -> SearchResult:
     """Search factors for `config.model` on the texts `config.data` and write `config.out`/longrope.json.
 
     What is wrong with the input is found before the weights are read. A search stopped in the same folder is
-    continued. Raises `LongRopeError` and its kinds: a text shorter than L', a window that does not grow, an unknown
-    architecture, longrope factors that are already there, a folder that belongs to something else.
+    continued; the objective "llamacpp" needs `patch`, the function `patch_gguf`. On Ctrl-C the best so far is written
+    and `SearchStopped` raised. Raises `LongRopeError` and its kinds: a text shorter than L', a window that does not
+    grow, an unknown architecture, longrope factors that are already there, a folder that belongs to something else.
     """
+    with opened(config, patch) as inputs:
+        assert config.out is not None
+        config.out.mkdir(parents=True, exist_ok=True)
+        try:
+            result = _search(config, inputs, config.out / JOURNAL, progress, patch)
+        except SearchStopped as stopped:
+            if stopped.best:
+                write_text(config.out / RECORD, stopped.best.scaling.to_json(), overwrite=True)
+            raise
+        write_text(config.out / RECORD, result.scaling.to_json(), overwrite=True)
+    return result
+
+
+def _search(
+    config: SearchConfig, inputs: Inputs, journal: Path, progress: Progress | None, patch: Patcher | None
+) -> SearchResult:
+    if config.engine == LLAMACPP and patch is not None:
+        return _llamacpp_search(config, inputs, journal, progress, patch)
+    return search_factors(
+        inputs.model, inputs.numbers, inputs.rows, config, journal, kind=inputs.kind, fingerprint=inputs.fingerprint,
+        progress=progress, tokenizer=inputs.tokenizer, workers=model_workers(config, inputs),
+    )  # fmt: skip
+
+
+def _llamacpp_search(
+    config: SearchConfig, inputs: Inputs, journal: Path, progress: Progress | None, patch: Patcher
+) -> SearchResult:
+    numbers, resolved = inputs.numbers, config.resolve(inputs.numbers, inputs.kind)
+    init, tokenizer = read_init(resolved, numbers), inputs.tokenizer
+    parts = search_parts(inputs.rows, numbers, resolved, tokenizer.bos_token_id, tokenizer)
+    with llamacpp_source(config, inputs, parts, patch) as source, source.open() as objective:
+        header = search_header(llamacpp_engine(source), numbers, resolved, parts, init, inputs.fingerprint)
+
+        def executor() -> AbstractContextManager[Executor]:
+            if config.executor == "local":
+                return contextlib.nullcontext(InProcess(objective))
+            return open_workers(config, source, source.threads)
+
+        return search_measured(Run(objective, executor, header, init), numbers, resolved, parts, journal, progress)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a search reads: the model in memory (None when llama.cpp measures), its numbers, kind, fingerprint and
+    dtype, token rows, and the tokenizer.
+    """
+
+    model: Any
+    numbers: RopeNumbers
+    kind: str
+    fingerprint: str
+    dtype: str
+    rows: list[npt.NDArray[np.int64]]
+    tokenizer: Any
+
+
+@contextlib.contextmanager
+def opened(config: SearchConfig, patch: Patcher | None = None) -> Iterator[Inputs]:
+    """Everything that `config` names, with its thread count set; what is wrong is found before the weights are read."""
     if config.model is None or config.out is None or not config.data:
         raise LongRopeError("a search needs a model, at least one text and an output folder")
     description = describe(config.model)
     numbers = numbers_of(description, config.target)
     resolved = config.resolve(numbers, description.kind)
+    check_measuring(resolved, description.kind, patch)
     check_budget(resolved, numbers)
     read_init(resolved, numbers)
     check_folder(config.out)
-    with _threads(config.threads):
+    with _threads(worker_threads(config)):
         # Heavy imports: only now, when the cheap checks are passed.
         import torch
 
         from longrope_export.evaluation.documents import evaluation_rows, load_tokenizer
         from longrope_export.loader import load
 
-        needed = config.documents + config.validation_documents
-        rows = evaluation_rows(config.data, load_tokenizer(config.model), numbers.target, needed)
-        config.out.mkdir(parents=True, exist_ok=True)
-        model = load(config.model, dtype=getattr(torch, choose_dtype(config.dtype, description)))
-        result = search_factors(
-            model, numbers, [row.token_ids for row in rows], config, config.out / JOURNAL,
-            kind=description.kind, fingerprint=fingerprint(config.model), progress=progress,
-        )  # fmt: skip
-    write_text(config.out / RECORD, result.scaling.to_json(), overwrite=True)
-    return result
+        needed = config.documents + config.validation_documents + config.report_documents
+        tokenizer = load_tokenizer(config.model)
+        rows = evaluation_rows(config.data, tokenizer, numbers.target, needed)
+        dtype = choose_dtype(config.dtype, description)
+        model = None if config.engine == LLAMACPP else load(config.model, dtype=getattr(torch, dtype))
+        ids = [row.token_ids for row in rows]
+        yield Inputs(model, numbers, description.kind, fingerprint(config.model), dtype, ids, tokenizer)
 
 
 def numbers_of(description: ModelDescription, target: str) -> RopeNumbers:
@@ -83,16 +179,6 @@ def numbers_of(description: ModelDescription, target: str) -> RopeNumbers:
         base_factors=description.existing_factors or (),
         base_attention_factor=description.existing_attention_factor,
     )
-
-
-def resolve_target(text: str, window: int) -> int:
-    """Tokens meant by `16384`, `32k`, `1m` or `4x`; raises `LongRopeError` for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)x|(\d+)([km]?)", text.strip().lower())
-    if not match:
-        raise LongRopeError(f"{text!r} is not a length; write 16384, 32k, 1m or 4x")
-    if match[1]:
-        return round(float(match[1]) * window)
-    return int(match[2]) * {"": 1, "k": 1024, "m": 1024 * 1024}[match[3]]
 
 
 def check_folder(out: Path) -> None:

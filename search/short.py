@@ -1,22 +1,21 @@
-"""The short set: what sequences inside the window use. The original frequencies win unless clearly beaten."""
+"""Sets for shorter sequences: inside the window, where the original frequencies win unless clearly beaten, and between."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
-import numpy as np
-
+from longrope_export.search.build import Phase, build
 from longrope_export.search.config import SearchConfig
+from longrope_export.search.documents import in_between
 from longrope_export.search.evaluator import Evaluator
+from longrope_export.search.long import EVOLUTION_SEEDS, perplexity
 from longrope_export.search.plan import Plan
-from longrope_export.search.protocol import SHORT_SEARCH, SHORT_VALIDATION, Strategy
-from longrope_export.search.space import Candidate, PaperSpace, RopeNumbers
-from longrope_export.search.strategies.evolution import Evolution
-from longrope_export.search.strategies.gradient import Descent, GradientDescent
+from longrope_export.search.protocol import SHORT_SEARCH, SHORT_VALIDATION
+from longrope_export.search.space import Candidate, RopeNumbers, closed_form
+from longrope_export.search.strategies.gradient import Descent
 
-# The paper lowers the largest λ for the short set; its published short sets reach 2 to 5.
-_SHORT_BOUND = 2.0
+ORIGINAL = "original"
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,17 @@ class ShortResult:
     searched_perplexity: float | None = None
 
 
+@dataclass(frozen=True)
+class SetResult:
+    """The set for one length in between, its name, and validation perplexities at that length by name."""
+
+    candidate: Candidate
+    chosen: str
+    validation: Mapping[str, float]
+
+
 def search_short(
-    evaluator: Evaluator, numbers: RopeNumbers, config: SearchConfig, plan: Plan, seed: int, attention: float
+    evaluator: Evaluator, numbers: RopeNumbers, config: SearchConfig, plan: Plan, attention: float
 ) -> ShortResult:
     """Search at length L with the short set; it replaces the original only if its validation perplexity is lower by
     more than `config.short_margin` (a share). Both have the attention factor `attention`. Nothing is searched when the
@@ -38,51 +46,70 @@ def search_short(
     original = numbers.unchanged(attention)
     if not (plan.short_steps or plan.short_evaluations):
         return ShortResult(original)
-    strategy = _evolution(evaluator, original, numbers, config, plan, seed) if plan.short_evaluations else (
-        _descent(evaluator, original, numbers, config, plan, seed)
-    )  # fmt: skip
+    phase = _phase(config, original, plan.short_steps, plan.short_evaluations, numbers.window)
+    strategy = build(evaluator, config, numbers, phase)
     evaluator.run(strategy)
     candidates = list(dict.fromkeys([original, *strategy.finalists()]))
     losses = evaluator.mean_losses(candidates, SHORT_VALIDATION)
     found = min(range(1, len(losses)), key=losses.__getitem__, default=0)
-    before, after = math.exp(losses[0]), math.exp(losses[found])
+    before, after = perplexity(losses[0]), perplexity(losses[found])
     better = after < before * (1.0 - config.short_margin)
     return ShortResult(candidates[found] if better else original, before, after)
 
 
-def _descent(
-    evaluator: Evaluator, original: Candidate, numbers: RopeNumbers, config: SearchConfig, plan: Plan, seed: int
-) -> Strategy:
-    documents = evaluator.documents
-    return GradientDescent(
-        original,
-        config.gradient,
-        Descent(plan.short_steps, 1, 1),
-        learn_attention=False,
-        documents=documents[SHORT_SEARCH],
-        validation_documents=documents[SHORT_VALIDATION],
-        bound=_SHORT_BOUND,
-        turns=numbers.turns,
-        generator=np.random.default_rng([seed, 1]),
+def search_set(
+    evaluator: Evaluator,
+    numbers: RopeNumbers,
+    config: SearchConfig,
+    plan: Plan,
+    length: int,
+    short: Candidate,
+    long: Candidate,
+) -> SetResult:
+    """Search the set that the reference loader uses up to `length` tokens, L < `length` < L'.
+
+    It has the short set's attention factor and n̂, because the record holds no others. The closed forms for that
+    length, the short set and the long one are candidates too; the earlier one wins a tie.
+    """
+    here = replace(numbers, target=length)
+    parts = in_between(length)
+    seeds = [closed_form(name, here, short.attention_factor) for name in EVOLUTION_SEEDS]
+    named = {name: closed_form(name, here, short.attention_factor) for name in config.baselines}
+    named |= {"short": short, "long": replace(long, attention_factor=short.attention_factor)}
+    named = {name: replace(each, start_tokens=short.start_tokens) for name, each in named.items()}
+    losses = evaluator.mean_losses(list(named.values()), parts[1])
+    start = list(named.values())[losses.index(min(losses))]
+    phase = _phase(config, start, plan.set_steps, plan.set_evaluations, numbers.window)
+    phase = replace(
+        phase, seeds=seeds, parts=parts, seed=(config.seed, length), bound=config.bound * here.scale,
+        start_tokens=(short.start_tokens,),
+    )  # fmt: skip
+    strategy = build(evaluator, config, numbers, phase)
+    evaluator.run(strategy)
+    named |= {f"searched {index}": each for index, each in enumerate(strategy.finalists())}
+    losses = evaluator.mean_losses(list(named.values()), parts[1])
+    validation = {name: perplexity(loss) for name, loss in zip(named, losses)}
+    chosen = min(validation, key=validation.__getitem__)
+    return SetResult(named[chosen], chosen, validation)
+
+
+def retention(evaluator: Evaluator, numbers: RopeNumbers, short: Candidate, long: Candidate) -> dict[str, float]:
+    """Validation perplexity at the window L: of the unchanged model, with the short set, and with the long one."""
+    candidates = {"unchanged": numbers.unchanged(), "short factors": short, "long factors": long}
+    losses = evaluator.mean_losses(list(candidates.values()), SHORT_VALIDATION)
+    return {name: perplexity(loss) for name, loss in zip(candidates, losses)}
+
+
+def _phase(config: SearchConfig, start: Candidate, steps: int, evaluations: int, window: int) -> Phase:
+    return Phase(
+        start=start,
+        seeds=[start],
         parts=(SHORT_SEARCH, SHORT_VALIDATION),
-    )
-
-
-def _evolution(
-    evaluator: Evaluator, original: Candidate, numbers: RopeNumbers, config: SearchConfig, plan: Plan, seed: int
-) -> Strategy:
-    return Evolution(
-        PaperSpace(
-            numbers.pairs,
-            _SHORT_BOUND,
-            config.step,
-            tuple(n for n in config.start_tokens or (0,) if n < numbers.window),
-        ),
-        [original],
-        config.evolution.quarter(),
-        documents=evaluator.documents[SHORT_SEARCH],
-        evaluations=plan.short_evaluations,
-        attention_factor=original.attention_factor,
-        generator=np.random.default_rng([seed, 1]),
-        part=SHORT_SEARCH,
+        descent=Descent(steps, 1, 1),
+        evaluations=evaluations,
+        bound=config.short_bound,
+        learn_attention=False,
+        seed=(config.seed, 1),
+        evolution=config.evolution.quarter(),
+        start_tokens=tuple(n for n in config.start_tokens or (0,) if n < window),
     )

@@ -81,7 +81,14 @@ def test_light_commands_import_neither_torch_nor_transformers(arguments: list[st
 
 
 @pytest.mark.parametrize(
-    "module", ["longrope_export", "longrope_export.cli.patch", "longrope_export.converters.gguf.patch"]
+    "module",
+    [
+        "longrope_export",
+        "longrope_export.cli.patch",
+        "longrope_export.converters.gguf.patch",
+        "longrope_export.converters.gguf.in_place",
+        "longrope_export.converters.gguf.in_place_recovery",
+    ],
 )
 def test_import_works_where_posix_calls_are_missing(module: str) -> None:
     script = (

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 import venv
 from pathlib import Path
 
@@ -60,11 +59,17 @@ def test_help_takes_less_than_half_a_second_without_torch(environment: Path) -> 
     run(environment, "longrope", "--help")
     times = []
     for _ in range(5):
-        start = time.perf_counter()
+        before = processor_seconds_of_children()
         result = run(environment, "longrope", "--help")
-        times.append(time.perf_counter() - start)
+        times.append(processor_seconds_of_children() - before)
         assert result.returncode == 0, result.stderr
-    assert min(times) < 0.5
+    assert 0.01 < min(times) < 0.5
+
+
+def processor_seconds_of_children() -> float:
+    """Of finished child processes: what a start costs, however many others share the machine's cores."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def test_gguf_commands_work_without_torch(environment: Path, smollm2: Path, tmp_path: Path) -> None:

@@ -199,7 +199,9 @@ def progress_printer(settings: Settings, minutes: float | None, every: float = 1
     help="Wall time of all sittings; shortens the run, never lengthens it.",
 )
 @click.option("--threads", type=click.IntRange(min=1), default=2, help="Threads; the weights do not depend on it.")
-@click.option("--seed", type=int, default=Settings.seed, help="Decides the initial weights and the rows.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=Settings.seed, help="Decides the initial weights and the rows."
+)
 @click.option("--trials", type=click.IntRange(min=1), default=200, help="Passkey prompts for the card.")
 @click.option(
     "--library",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from longrope_export.converters.lossy import gguf_losses, refuse_losses, undone_losses
 from longrope_export.errors import InputFileError, ScalingError, UnsupportedModelError
 from longrope_export.formats.gguf_header import GgufHeader
-from longrope_export.formats.gguf_scaling import STATIC_TENSOR
+from longrope_export.formats.gguf_scaling import STATIC_TENSOR, gguf_rotary_dim
 from longrope_export.gguf_architectures import GGUF_ARCHITECTURES, gguf_architecture
 from longrope_export.scaling import RopeScaling, to_float32
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 LLAMA_CPP_DEFAULT_THETA = 10000.0
+_SCALING_KEYS = ("rope.scaling.factor", "rope.scale_linear")
 
 
 def check_patchable(header: GgufHeader, scaling: RopeScaling, *, allow_lossy: bool) -> list[str]:
@@ -32,22 +33,35 @@ def check_patchable(header: GgufHeader, scaling: RopeScaling, *, allow_lossy: bo
 
 
 def existing_factors(header: GgufHeader) -> npt.NDArray[np.float64] | None:
-    """Divisors that the file applies at every length already (Llama-3's `rope_freqs.weight`), or None.
+    """Divisors that the file applies at every length already (Llama-3's `rope_freqs.weight`, linear and YaRN keys), or
+    None.
 
     float64 of shape [rotary_dim // 2]. A record for this file holds total divisors: these times its own.
     """
     if header.tensor(STATIC_TENSOR) is None:
-        return None
+        return _factors_of_keys(header)
+    import numpy as np
+
     from longrope_export.formats.gguf_tensors import read_tensor
 
-    return read_tensor(header, STATIC_TENSOR).astype("float64").reshape(-1)
+    with np.errstate(invalid="ignore"):  # a stranger's NaN; `composition_losses` refuses it
+        return read_tensor(header, STATIC_TENSOR).astype("float64").reshape(-1)
+
+
+def _factors_of_keys(header: GgufHeader) -> npt.NDArray[np.float64] | None:
+    architecture = header.get("general.architecture")
+    if not any(f"{architecture}.{key}" in header.metadata for key in _SCALING_KEYS):
+        return None  # the usual case, which needs no numpy
+    from longrope_export.formats.gguf_description import static_key_factors
+
+    return static_key_factors(header, _rotary_dim(header))
 
 
 def _architecture(header: GgufHeader) -> str:
     architecture = header.get("general.architecture")
     if not isinstance(architecture, str) or not architecture:
         raise InputFileError(f"{header.path} has no general.architecture; it is not a model that llama.cpp can run")
-    if f"{architecture}.context_length" not in header.metadata or not header.tensors:
+    if f"{architecture}.context_length" not in header.metadata or not header.all_tensors:
         raise InputFileError(
             f"{header.path} is not a language model: it has no {architecture}.context_length or no tensors"
         )
@@ -56,7 +70,7 @@ def _architecture(header: GgufHeader) -> str:
 
 def _check_unsplit(header: GgufHeader) -> None:
     count = header.get("split.count", 0)
-    if isinstance(count, int) and count > 1:
+    if isinstance(count, int) and count > 1 and not header.others:
         raise UnsupportedModelError(
             f"{header.path} is one of {count} shards; "
             "merge them first: llama-gguf-split --merge FIRST-SHARD MERGED.gguf"
@@ -77,9 +91,7 @@ def check_architecture(name: str, architecture: str) -> None:
 
 
 def _check_rotary_dim(header: GgufHeader, architecture: str, scaling: RopeScaling) -> None:
-    rotary_dim = gguf_rotary_dim(header, architecture)
-    if rotary_dim is None:
-        raise InputFileError(f"{header.path} does not say how many dimensions it rotates; factors cannot be checked")
+    rotary_dim = _rotary_dim(header)
     if rotary_dim != scaling.rotary_dim:
         raise ScalingError(
             f"the record has {scaling.rotary_dim // 2} factors, {header.path} needs {rotary_dim // 2} "
@@ -87,12 +99,15 @@ def _check_rotary_dim(header: GgufHeader, architecture: str, scaling: RopeScalin
         )
 
 
-def gguf_rotary_dim(header: GgufHeader, architecture: str) -> int | None:
+def _rotary_dim(header: GgufHeader) -> int:
     """Rotated dimensions per head: the key, or what llama.cpp derives when the key is absent."""
-    keys = ("rope.dimension_count", "attention.key_length", "embedding_length", "attention.head_count")
-    count, head_dim, width, heads = (_integer(header, f"{architecture}.{key}") for key in keys)
-    count = count or head_dim or (width // heads if width and heads else None)
-    return count and count // gguf_architecture(architecture).dimension_count_scale
+    architecture = header.get("general.architecture")
+    keys = ("attention.key_length", "embedding_length", "attention.head_count")
+    head_dim, width, heads = (_integer(header, f"{architecture}.{key}") for key in keys)
+    rotary_dim = gguf_rotary_dim(header, head_dim or (width // heads if width and heads else 0))
+    if not rotary_dim:
+        raise InputFileError(f"{header.path} does not say how many dimensions it rotates; factors cannot be checked")
+    return rotary_dim
 
 
 def _integer(header: GgufHeader, key: str) -> int | None:
@@ -132,4 +147,5 @@ def composition_losses(header: GgufHeader, scaling: RopeScaling) -> list[str]:
 
     if existing.shape != (scaling.rotary_dim // 2,) or not np.all(np.isfinite(existing) & (existing > 0)):
         raise InputFileError(f"{header.path} has a damaged {STATIC_TENSOR}; download or convert it again")
-    return undone_losses(existing, scaling, STATIC_TENSOR)
+    source = STATIC_TENSOR if header.tensor(STATIC_TENSOR) else "rope.scaling"
+    return undone_losses(existing, scaling, source)

@@ -1,8 +1,10 @@
-"""Converting a transformers folder (llama, mistral) to GGUF, with or without factors, tensor by tensor."""
+"""Converting a transformers folder (see `TARGETS`) to GGUF, with or without factors, tensor by tensor."""
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from longrope_export.converters.gguf.scaling_keys import scaling_entries
+from longrope_export.converters.gguf.targets import Shape, Target, heads, target_for
 from longrope_export.converters.gguf.tokenizer import GgufTokenizer, read_tokenizer
 from longrope_export.converters.gguf.weights import (
     DTYPES,
@@ -26,6 +29,7 @@ from longrope_export.converters.hf_config import LanguageModel, language_model
 from longrope_export.converters.hf_folder import model_shards
 from longrope_export.converters.lossy import gguf_losses, refuse_losses
 from longrope_export.errors import InputFileError, UnsupportedModelError
+from longrope_export.families import SLIDING
 from longrope_export.files import atomic_output
 from longrope_export.formats.gguf_scaling import LONG_TENSOR, SHORT_TENSOR, STATIC_TENSOR
 from longrope_export.formats.hf_config import count, positive, read_json
@@ -33,12 +37,6 @@ from longrope_export.formats.hf_scaling import scaling_from_config
 from longrope_export.formats.records import CONFIG_FILE
 from longrope_export.rope.methods import Factors
 from longrope_export.scaling import RopeScaling
-
-ARCHITECTURE = "llama"
-_FAMILIES = ("llama", "mistral")
-_LAYER_WEIGHTS = (
-    "attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down",
-)  # fmt: skip
 
 
 def convert_to_gguf(
@@ -56,7 +54,7 @@ def convert_to_gguf(
     `scaling` None keeps what config.json says, a static rope type (llama3, yarn, linear) as one set of
     factors for every length. Peak memory is a small multiple of the largest tensor. Returns what llama.cpp
     will not apply, which is refused unless `allow_lossy`. Raises `UnsupportedModelError` for other families,
-    tokenizers or tensors that llama.cpp's llama architecture lacks, `InputFileError`, `ScalingError`,
+    tokenizers or tensors that llama.cpp's architecture lacks, `InputFileError`, `ScalingError`,
     `LossyTargetError`, and `OutputError`.
     """
     plan = plan_conversion(folder, scaling, dtype=dtype, allow_lossy=allow_lossy)
@@ -64,11 +62,15 @@ def convert_to_gguf(
     return plan.losses
 
 
+_PHI3, _PHI3_TOKENS = re.compile(r"phi-?3", re.IGNORECASE), ("</s>", "<unk>", "<s>", "<|endoftext|>")
+
+
 @dataclass(frozen=True)
 class Conversion:
     """Everything that a conversion needs, read and checked; only the weights are still on disk."""
 
     name: str
+    target: Target
     model: LanguageModel
     tokenizer: GgufTokenizer
     tensors: Mapping[str, StoredTensor]
@@ -91,17 +93,26 @@ def plan_conversion(
         raise UnsupportedModelError(f"the dtype {dtype!r} is not written; choose one of {', '.join(DTYPES)}")
     config = read_json(source / CONFIG_FILE)
     model = language_model(config)
-    _check_supported(model)
+    target_for(model, factors=False)
     scaling = scaling_from_config(config) if scaling is None else scaling
+    static = None if scaling else model.static_factors()
+    target = target_for(model, factors=scaling is not None or static is not None)
+    if static is not None and not target.takes_static_factors:
+        raise UnsupportedModelError(
+            f"llama.cpp's {target.architecture} architecture has no place for {model.rope.rope_type}"
+        )
     losses = refuse_losses("a GGUF", _losses(model, scaling), allow_lossy=allow_lossy)
+    # Before the tokenizer, whose table has a row for every token that the config claims.
+    tensors = _named_tensors(stored_tensors(model_shards(source)), model, target)
     tokenizer = read_tokenizer(source, count(model.values, "vocab_size"), config)
     return Conversion(
-        name=source.resolve().name,
+        name=_model_name(source.resolve().name, tokenizer),
+        target=target,
         model=model,
         tokenizer=tokenizer,
-        tensors=_named_tensors(stored_tensors(model_shards(source)), model),
+        tensors=tensors,
         scaling=scaling,
-        static=None if scaling else model.static_factors(),
+        static=static,
         dtype=dtype,
         losses=losses + tokenizer.losses,
     )
@@ -115,15 +126,9 @@ def write_conversion(plan: Conversion, target: str | os.PathLike[str], *, overwr
         _write(Path(file.name), plan)
 
 
-def _check_supported(model: LanguageModel) -> None:
-    if model.family.name not in _FAMILIES:
-        raise UnsupportedModelError(
-            f"{model.family.name} is not converted here, only {' and '.join(_FAMILIES)}; "
-            "convert it with llama.cpp's convert_hf_to_gguf.py and use `longrope patch`"
-        )
-    activation = model.values.get("hidden_act", "silu")
-    if activation != "silu":
-        raise UnsupportedModelError(f"hidden_act is {str(activation)[:40]!r}; llama.cpp's llama architecture has silu")
+def _model_name(name: str, tokenizer: GgufTokenizer) -> str:
+    """llama.cpp takes Phi-3's tokens for granted in a model of that name, and dies without them (llama-vocab.cpp)."""
+    return name if set(_PHI3_TOKENS) <= set(tokenizer.tokens) else _PHI3.sub("phi", name)
 
 
 def _losses(model: LanguageModel, scaling: RopeScaling | None) -> list[str]:
@@ -131,20 +136,26 @@ def _losses(model: LanguageModel, scaling: RopeScaling | None) -> list[str]:
     if scaling is not None:
         model.check_record(scaling)
         losses = gguf_losses(scaling) + model.window_losses(scaling) + model.composition_losses(scaling)
-    window = model.values.get("sliding_window") if model.family.name == "mistral" else None
+    layers = count(model.values, "num_hidden_layers")
+    types = model.values.get("layer_types") or model.family.layer_types(model.values, layers)
+    window = model.values.get("sliding_window") if SLIDING in types else None
     longest = scaling.max_position_embeddings if scaling else model.values["max_position_embeddings"]
     if isinstance(window, int) and window < longest:
         losses.append(f"llama.cpp will attend to all tokens, not to a sliding window of {window}")
     return losses
 
 
-def _named_tensors(stored: Mapping[str, StoredTensor], model: LanguageModel) -> dict[str, StoredTensor]:
+def _named_tensors(stored: Mapping[str, StoredTensor], model: LanguageModel, target: Target) -> dict[str, StoredTensor]:
     """GGUF names → tensors in llama.cpp's order; every needed one is there, and no unknown one is."""
-    from gguf.constants import MODEL_ARCH
+    from gguf.constants import MODEL_ARCH_NAMES
     from gguf.tensor_mapping import get_tensor_name_map
 
     layers = count(model.values, "num_hidden_layers")
-    names = get_tensor_name_map(MODEL_ARCH.LLAMA, layers)
+    shapes = target.layer_shapes(model)
+    if layers * len(shapes) > len(stored):
+        raise InputFileError(f"config.json says {layers:,} layers, but there are {len(stored):,} tensors only")
+    architecture = next(key for key, name in MODEL_ARCH_NAMES.items() if name == target.architecture)
+    names = get_tensor_name_map(architecture, layers)
     tied = bool(model.values.get("tie_word_embeddings"))
     found: dict[str, StoredTensor] = {}
     for name, tensor in stored.items():
@@ -152,25 +163,23 @@ def _named_tensors(stored: Mapping[str, StoredTensor], model: LanguageModel) -> 
         if name.endswith("rotary_emb.inv_freq") or (tied and mapped == "output.weight"):
             continue
         if mapped is None:
-            raise UnsupportedModelError(f"the tensor {name[:200]!r} has no place in llama.cpp's llama architecture")
+            raise UnsupportedModelError(
+                f"the tensor {name[:200]!r} has no place in llama.cpp's {target.architecture} architecture"
+            )
         found[mapped] = tensor
-    _check_shapes(found, model, layers, tied)
+    _check_shapes(found, model, shapes, tied)
     return dict(sorted(found.items(), key=lambda item: _order(item[0])))
 
 
-def _check_shapes(found: Mapping[str, StoredTensor], model: LanguageModel, layers: int, tied: bool) -> None:
+def _check_shapes(
+    found: Mapping[str, StoredTensor], model: LanguageModel, layer_shapes: Mapping[str, Shape], tied: bool
+) -> None:
     hidden, vocab = count(model.values, "hidden_size"), count(model.values, "vocab_size")
-    middle = count(model.values, "intermediate_size")
-    query, key = (model.head_dim * heads for heads in _heads(model))
-    wanted: dict[str, tuple[int, ...]] = {"token_embd": (vocab, hidden), "output_norm": (hidden,)}
+    wanted: dict[str, Shape] = {"token_embd": (vocab, hidden), "output_norm": (hidden,)}
     if not tied:
         wanted["output"] = (vocab, hidden)
-    shapes = (
-        (hidden,), (query, hidden), (key, hidden), (key, hidden), (hidden, query),
-        (hidden,), (middle, hidden), (middle, hidden), (hidden, middle),
-    )  # fmt: skip
-    for layer in range(layers):
-        wanted |= {f"blk.{layer}.{name}": shape for name, shape in zip(_LAYER_WEIGHTS, shapes, strict=True)}
+    for layer in range(count(model.values, "num_hidden_layers")):
+        wanted |= {f"blk.{layer}.{name}": shape for name, shape in layer_shapes.items()}
     for name, tensor in found.items():
         stem, _, kind = name.rpartition(".")
         shape = wanted.get(stem, ()) if kind == "weight" else wanted.get(stem, ())[:1]
@@ -178,11 +187,6 @@ def _check_shapes(found: Mapping[str, StoredTensor], model: LanguageModel, layer
             raise InputFileError(f"the tensor {name} has shape {tensor.info.shape}, config.json says {shape}")
     if missing := sorted(name for name in wanted if f"{name}.weight" not in found):
         raise InputFileError(f"the weights lack {missing[0]}.weight and {len(missing) - 1} more; download them again")
-
-
-def _heads(model: LanguageModel) -> tuple[int, int]:
-    heads = count(model.values, "num_attention_heads")
-    return heads, count({"num_key_value_heads": heads, **model.values}, "num_key_value_heads")
 
 
 def _order(name: str) -> tuple[int, int, str]:
@@ -193,7 +197,7 @@ def _order(name: str) -> tuple[int, int, str]:
 def _write(path: Path, plan: Conversion) -> None:
     from gguf import GGUFWriter
 
-    writer = GGUFWriter(path, ARCHITECTURE)
+    writer = GGUFWriter(path, plan.target.architecture)
     try:
         _add_model_keys(writer, plan)
         _add_rope_keys(writer, plan)
@@ -205,15 +209,19 @@ def _write(path: Path, plan: Conversion) -> None:
         writer.write_ti_data_to_file()
         for name, tensor in plan.tensors.items():
             kind = ggml_type(tensor.info.shape, plan.dtype)
-            writer.write_tensor_data(encode(_values(name, tensor, plan.model), kind, name))
+            writer.write_tensor_data(encode(_values(name, tensor, plan), kind, name))
         for values in factors.values():
             writer.write_tensor_data(values)
+    except OSError as error:
+        if error.errno is None:  # numpy's `tofile` says only how many values it wrote
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise
     finally:
         writer.close()
 
 
 def _add_model_keys(writer: Any, plan: Conversion) -> None:
-    model, values, (heads, kv_heads) = plan.model, plan.model.values, _heads(plan.model)
+    model, values, (query_heads, kv_heads) = plan.model, plan.model.values, heads(plan.model)
     writer.add_type("model")
     writer.add_name(plan.name)
     writer.add_file_type(DTYPES[plan.dtype][1])
@@ -221,13 +229,17 @@ def _add_model_keys(writer: Any, plan: Conversion) -> None:
     writer.add_block_count(count(values, "num_hidden_layers"))
     writer.add_embedding_length(count(values, "hidden_size"))
     writer.add_feed_forward_length(count(values, "intermediate_size"))
-    writer.add_head_count(heads)
+    writer.add_head_count(query_heads)
     writer.add_head_count_kv(kv_heads)
     writer.add_key_length(model.head_dim)
     writer.add_value_length(model.head_dim)
     writer.add_layer_norm_rms_eps(positive({"rms_norm_eps": 1e-6, **values}, "rms_norm_eps"))
     writer.add_vocab_size(count(values, "vocab_size"))
     writer.add_rope_dimension_count(model.rotary_dim)
+    for key, (name, default) in plan.target.floats.items():
+        writer.add_float32(f"{plan.target.architecture}.{key}", positive({name: default, **values}, name))
+    if plan.target.fused:
+        writer.add_sliding_window(values.get("sliding_window") or 0)  # phi3 builds of 2024 refuse a file without it
 
 
 def _add_rope_keys(writer: Any, plan: Conversion) -> None:
@@ -237,7 +249,7 @@ def _add_rope_keys(writer: Any, plan: Conversion) -> None:
         if plan.static is not None and plan.static.attention_factor != 1.0:
             writer.add_rope_scaling_attn_factors(plan.static.attention_factor)
         return
-    for key, value in scaling_entries(ARCHITECTURE, plan.scaling).items():
+    for key, value in scaling_entries(plan.target.architecture, plan.scaling).items():
         add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
         add(key, value)
 
@@ -278,10 +290,8 @@ def _add_tensor_infos(writer: Any, tensors: Mapping[str, StoredTensor], factors:
         writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
 
 
-def _values(name: str, tensor: StoredTensor, model: LanguageModel) -> Any:
+def _values(name: str, tensor: StoredTensor, plan: Conversion) -> Any:
     values = read_stored(tensor)
-    heads, kv_heads = _heads(model)
-    kind = name.split(".")[-2]
-    if kind == "attn_q":
-        return permute_pairs(values, heads)
-    return permute_pairs(values, kv_heads) if kind == "attn_k" else values
+    query_heads, kv_heads = heads(plan.model)
+    number = {"attn_q": query_heads, "attn_k": kv_heads}.get(name.split(".")[-2])
+    return permute_pairs(values, number) if number and plan.target.permuted else values

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
+import tempfile
 from pathlib import Path
-from typing import Any
 
+from longrope_export.checkpoint import open_checkpoint
+from longrope_export.converters.gguf.rewrite import GgufChanges, rewrite_gguf
 from longrope_export.converters.hf_config import json_text
 from longrope_export.errors import InputFileError, MissingDependencyError, UnsupportedModelError
 from longrope_export.files import write_text
@@ -12,6 +16,7 @@ from longrope_export.formats.gguf_header import GgufHeader
 from longrope_export.formats.hf_config import read_json
 from longrope_export.formats.pre_tokenizers import PRE_TOKENIZERS, pre_tokenizer_json
 from longrope_export.formats.records import CONFIG_FILE
+from longrope_export.gguf_import import needs_own_import
 
 TORCH_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 
@@ -28,7 +33,7 @@ def save_dequantised(header: GgufHeader, folder: Path, *, dtype: str, window: in
     transformers reads the weights: it drops every scaling that the file carries, and takes a patched file's
     extended length for the model's own. Raises `MissingDependencyError` without transformers.
     """
-    _save_model(header.path, folder, dtype)
+    _save_model(header, folder, dtype)
     _correct_tokenizer(header, folder)
     config = read_json(folder / CONFIG_FILE)
     text = json_text({**config, "max_position_embeddings": window})
@@ -43,26 +48,38 @@ def tokenizer_losses(header: GgufHeader) -> list[str]:
     return [f"the pre-tokenizer {name!r} is not known here, so numbers and spaces may be split differently"]
 
 
-def _save_model(source: Path, folder: Path, dtype: str) -> None:
+def _save_model(header: GgufHeader, folder: Path, dtype: str) -> None:
     try:
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+        from safetensors import SafetensorError
+        from transformers import AutoTokenizer
     except ImportError:
         raise MissingDependencyError(
             "an HF folder from a GGUF needs transformers: pip install 'longrope-export[model]'"
         ) from None
-    where: dict[str, Any] = {
-        "pretrained_model_name_or_path": source.absolute().parent,
-        "gguf_file": source.name,
-        "local_files_only": True,
-    }
-    model = AutoModelForCausalLM.from_pretrained(
-        **where,
-        dtype=getattr(torch, TORCH_DTYPES[dtype]),
-        quantization_config=GgufConfig(dequantize=True),
+    model = open_checkpoint(header.path).load(dtype=getattr(torch, TORCH_DTYPES[dtype]))
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:  # it names the system's error only in its text
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+    with tempfile.TemporaryDirectory() as name:
+        where = _tokenizer_source(header, Path(name)).absolute()
+        tokenizer = AutoTokenizer.from_pretrained(where.parent, gguf_file=where.name, local_files_only=True)
+    tokenizer.save_pretrained(folder)
+
+
+def _tokenizer_source(header: GgufHeader, folder: Path) -> Path:
+    """The file, or its keys alone under a name that transformers reads tokenizers from."""
+    if not needs_own_import(header):
+        return header.path
+    changes = GgufChanges(
+        entries={"general.architecture": "llama"}, dropped=frozenset(info.name for info in header.tensors)
     )
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+    rewrite_gguf(header, folder / "tokenizer.gguf", changes)
+    return folder / "tokenizer.gguf"
 
 
 def _correct_tokenizer(header: GgufHeader, folder: Path) -> None:

@@ -4,8 +4,19 @@ from __future__ import annotations
 
 import struct
 
-from longrope_export.formats.gguf_header import FLOAT32, MAGIC, STRING, UINT32
+from longrope_export.formats.gguf_header import BOOL, FLOAT32, INT32, MAGIC, STRING, UINT16, UINT32
 
+
+class Int32(int):
+    """A whole number that is stored as INT32."""
+
+
+class UInt16(int):
+    """A whole number that is stored as UINT16."""
+
+
+# class → (value type, struct format); llama.cpp reads each key in one type only
+_INTEGERS = {Int32: (INT32, "i"), UInt16: (UINT16, "H"), int: (UINT32, "I")}
 _HEAD = struct.Struct("<4sIQQ")
 
 
@@ -21,14 +32,17 @@ def encode_string(text: str) -> bytes:
 
 
 def encode_entry(key: str, value: str | int | float) -> bytes:
-    """One key-value pair: str as STRING, int as UINT32, float as FLOAT32; raises `struct.error` when out of
-    range.
+    """One key-value pair: str as STRING, bool as BOOL, int as UINT32 (or as its class says), float as FLOAT32;
+    raises `struct.error` when out of range.
     """
     head = encode_string(key)
     if isinstance(value, str):
         return head + struct.pack("<I", STRING) + encode_string(value)
+    if isinstance(value, bool):
+        return head + struct.pack("<I?", BOOL, value)
     if isinstance(value, int):
-        return head + struct.pack("<II", UINT32, value)
+        kind, layout = _INTEGERS[type(value)]
+        return head + struct.pack(f"<I{layout}", kind, value)
     return head + struct.pack("<If", FLOAT32, value)
 
 

@@ -7,6 +7,8 @@ the factors (llama.cpp `src/llama-model.cpp`, load_hparams and get_rope_factors)
 
 from __future__ import annotations
 
+from longrope_export.converters.gguf.rewrite import GgufChanges
+from longrope_export.formats.gguf_header import GgufHeader
 from longrope_export.formats.gguf_scaling import LONG_TENSOR, RECORD_KEY, SHORT_TENSOR, STATIC_TENSOR
 from longrope_export.scaling import RopeScaling
 
@@ -27,6 +29,17 @@ def scaling_entries(architecture: str, scaling: RopeScaling) -> dict[str, str | 
         f"{architecture}.rope.scaling.attn_factor": scaling.long_attention_factor,
         RECORD_KEY: scaling.to_json(),
     }
+
+
+def scaling_changes(header: GgufHeader, scaling: RopeScaling) -> GgufChanges:
+    """What makes `scaling` the only one in the GGUF file of `header`."""
+    architecture = str(header.get("general.architecture"))
+    return GgufChanges(
+        entries=scaling_entries(architecture, scaling),
+        removed=frozenset(key for key in header.metadata if is_removed(architecture, key)),
+        dropped=frozenset(SCALING_TENSORS),
+        vectors={LONG_TENSOR: scaling.long_factor, SHORT_TENSOR: scaling.short_factor},
+    )
 
 
 def is_removed(architecture: str, key: str) -> bool:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from typing import Any
 
 import click
+
+from longrope_export.lengths import is_length
 
 
 class LengthType(click.ParamType[str]):
@@ -17,20 +18,12 @@ class LengthType(click.ParamType[str]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         text = str(value).strip().lower()
-        if not re.fullmatch(r"\d+(\.\d+)?x|\d+|\d+[km]", text):
-            self.fail(f"{value!r} is not a length; write 16384, 32k, 1m or 4x", param, ctx)
+        if not is_length(text):
+            self.fail(f"{text[:40]!r} is not a length; write 16384, 32k, 1m or 4x", param, ctx)
         return text
 
 
 LENGTH = LengthType()
-
-
-def resolve_length(text: str, window: int) -> int:
-    """Tokens meant by `text` (see `LengthType`) for a model with a window of `window` tokens."""
-    if text.endswith("x"):
-        return round(float(text[:-1]) * window)
-    unit = {"k": 1024, "m": 1024 * 1024}.get(text[-1], 1)
-    return int(text.rstrip("km")) * unit
 
 
 def print_json(value: Any) -> None:

@@ -13,15 +13,17 @@ from longrope_export.cli.common import print_json, quiet_libraries
 if TYPE_CHECKING:
     from longrope_export.demo_run import DemoResult
 
+_COUNT = click.IntRange(min=1)
+
 
 @click.command(short_help="The whole job on the embedded model, in a few minutes.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("demo-output"), show_default=True,
               help="Folder to write.")  # fmt: skip
-@click.option("--gradient-budget", type=int, help="Evaluations of the gradient search.  [default: 20]")
-@click.option("--evolution-budget", type=int, help="Evaluations of Algorithm 1; 1344 is the paper's.  [default: 64]")
-@click.option("--report-documents", type=int, help="Unseen documents in the table.  [default: 16]")
-@click.option("--passkeys", type=int, help="Passkey prompts a length.  [default: 20]")
-@click.option("--seed", type=int, help="Seed of both searches and of the passkeys.  [default: 0]")
+@click.option("--gradient-budget", type=_COUNT, help="Evaluations of the gradient search.  [default: 20]")
+@click.option("--evolution-budget", type=_COUNT, help="Evaluations of Algorithm 1; 1344 is the paper's.  [default: 64]")
+@click.option("--report-documents", type=_COUNT, help="Unseen documents in the table.  [default: 16]")
+@click.option("--passkeys", type=_COUNT, help="Passkey prompts a length.  [default: 20]")
+@click.option("--seed", type=click.IntRange(min=0), help="Seed of both searches and of the passkeys.  [default: 0]")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def demo(as_json: bool, **options: Any) -> None:
     """Extend the embedded model from 256 to 2,048 tokens: search, compare, write, prove in llama.cpp.
@@ -54,7 +56,7 @@ def _show(result: DemoResult) -> None:
     console.print(_passkey_table(result.passkey, result.comparison.window))
     if result.verification is not None:
         print_report(result.verification)
-    console.print(f"written: {result.written.target}  (model card: {result.written.target}/README.md)", highlight=False)
+    click.echo(f"written: {result.written.target}  (model card: {result.written.target}/README.md)")
     for line in result.written.notes:
         click.echo(f"note: {line}")
     click.echo(_run_lines(result))

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from longrope_export.cli.common import LENGTH, print_json, quiet_libraries, resolve_length
+from longrope_export.cli.common import LENGTH, print_json, quiet_libraries
 from longrope_export.cli.progress import progress
+from longrope_export.lengths import resolve_length
 
 if TYPE_CHECKING:
     from longrope_export.description import ModelDescription

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from longrope_export.cli.common import print_json
+from longrope_export.cli.common import print_json, quiet_libraries
+
+if TYPE_CHECKING:
+    from longrope_export.scaling import RopeScaling
 
 
 @click.command(short_help="Write an HF folder and a GGUF from one model and one record.")
@@ -20,6 +24,7 @@ from longrope_export.cli.common import print_json
     "--dtype", type=click.Choice(["f32", "f16", "bf16", "q8_0"]),
     help="Of the GGUF made from a folder (default f16), or of the folder made from a GGUF (default f32).",
 )  # fmt: skip
+@click.option("--writer", help="Write with another package's writer instead (docs/writers.md).")
 @click.option("--no-gguf", is_flag=True, help="Write the HF folder only.")
 @click.option("--no-hf", is_flag=True, help="Write the GGUF only.")
 @click.option("--allow-lossy", is_flag=True, help="Write even what a runtime cannot apply fully; it is listed.")
@@ -29,6 +34,7 @@ def export(
     record: Path,
     out: Path,
     dtype: str | None,
+    writer: str | None,
     no_gguf: bool,
     no_hf: bool,
     allow_lossy: bool,
@@ -43,13 +49,19 @@ def export(
     Example:
       longrope export MODEL --scaling longrope.json --out longer --dtype q8_0
     """
+    if writer is not None and (no_gguf or no_hf or dtype):
+        raise click.UsageError("--dtype, --no-gguf and --no-hf do not go with --writer")
     if no_gguf and no_hf:
         raise click.UsageError("--no-gguf and --no-hf together leave nothing to write")
     from longrope_export.converters.export import export_model
     from longrope_export.converters.lossy import gguf_notes
     from longrope_export.formats.records import read_scaling
 
+    quiet_libraries()
     scaling = read_scaling(record)
+    if writer is not None:
+        _write_with(writer, model, out, scaling, allow_lossy, as_json)
+        return
     result = export_model(model, out, scaling, dtype=dtype, gguf=not no_gguf, hf=not no_hf, allow_lossy=allow_lossy)
     notes = [] if no_gguf else gguf_notes(scaling)
     gguf = str(result.gguf) if result.gguf else None
@@ -63,3 +75,15 @@ def export(
         click.echo(f"lost: {line}")
     for line in notes:
         click.echo(f"note: {line}")
+
+
+def _write_with(name: str, model: Path, out: Path, scaling: RopeScaling, allow_lossy: bool, as_json: bool) -> None:
+    from longrope_export.converters.writers import write_with
+
+    lossy = write_with(name, model, out, scaling, allow_lossy=allow_lossy)
+    if as_json:
+        print_json({"folder": str(out), "writer": name, "lossy": lossy})
+        return
+    click.echo(f"{out}: written by {name}")
+    for line in lossy:
+        click.echo(f"lost: {line}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -11,6 +12,7 @@ import click
 from longrope_export import __version__
 from longrope_export.cli.tables import printable
 from longrope_export.errors import LongRopeError, MissingDependencyError
+from longrope_export.formats.unfinished import unfinished_files
 
 # name → (module, attribute, one line for --help); kept here so that --help imports no command.
 COMMANDS = {
@@ -21,8 +23,11 @@ COMMANDS = {
     "search": ("search", "search", "Search the rescale factors for a longer window."),
     "eval": ("evaluate", "evaluate", "Measure perplexity and passkey retrieval at several lengths."),
     "patch": ("patch", "patch", "Embed factors in an existing GGUF file; no weight is touched."),
+    "unpatch": ("unpatch", "unpatch", "Undo `patch --in-place`: every byte as it was."),
     "export": ("export", "export", "Write an HF folder and a GGUF from one model and one record."),
     "read": ("read", "read", "Give the scaling record back from any file that carries one."),
+    "import": ("import_", "import_command", "Make longrope.json from another tool's factors or a config."),
+    "doctor": ("doctor", "doctor", "Find and mend wrong RoPE scaling in a GGUF file or a model folder."),
     "verify": ("verify", "verify", "Prove that transformers and llama.cpp apply the embedded factors."),
 }
 
@@ -78,9 +83,17 @@ def main(arguments: list[str] | None = None) -> Any:
         # A stranger's file may put terminal escapes into a message.
         click.echo(f"longrope: {printable(error)}", err=True)
         sys.exit(1)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        # What no reader or writer put into words: a name that is too long, a folder that may not be entered.
+        place = f"{error.filename}: " if error.filename else ""
+        click.echo(f"longrope: {printable(place)}{error.strerror}", err=True)
+        sys.exit(1)
 
 
 def _run(arguments: list[str] | None) -> Any:
+    mend_unfinished(sys.argv[1:] if arguments is None else arguments)
     try:
         return cli.main(args=arguments, prog_name="longrope")
     except ModuleNotFoundError as error:
@@ -90,3 +103,14 @@ def _run(arguments: list[str] | None) -> Any:
         raise MissingDependencyError(
             f"this command needs {module}: pip install 'longrope-export[{EXTRAS[module]}]'"
         ) from error
+
+
+def mend_unfinished(arguments: list[str]) -> None:
+    """Finish or undo a change in place that was cut short, of any file that an argument names (or whose folder)."""
+    places = [text for argument in arguments for text in (argument, argument.partition("=")[2])]
+    for file in [file for place in places for file in unfinished_files(Path(place))]:
+        from longrope_export.converters.gguf.in_place_recovery import recover
+
+        outcome = recover(file)
+        if outcome:
+            click.echo(f"{printable(file)}: a change in place had been cut short; it is {outcome} now", err=True)

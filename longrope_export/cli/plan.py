@@ -6,9 +6,10 @@ import sys
 
 import click
 
-from longrope_export.cli.common import LENGTH, print_json, resolve_length
+from longrope_export.cli.common import LENGTH, print_json
 from longrope_export.cli.tables import print_table, printable
 from longrope_export.description import describe
+from longrope_export.lengths import resolve_length
 from longrope_export.planning import Estimate, Measurement, Plan, make_plan
 from longrope_export.probe import BYTES, run_probe
 

@@ -27,7 +27,12 @@ def read(file: str, as_json: bool) -> None:
     if as_json:
         print_json(scaling.to_dict())
     else:
-        print_table(_rows(scaling))
+        print_record(scaling)
+
+
+def print_record(record: RopeScaling) -> None:
+    """Print a record as a table."""
+    print_table(_rows(record))
 
 
 def _rows(record: RopeScaling) -> list[tuple[str, str]]:

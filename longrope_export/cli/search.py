@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import click
 from longrope_export.cli.common import LENGTH, print_json, quiet_libraries
 
 if TYPE_CHECKING:
-    from longrope_export.search.factors import SearchResult
+    from longrope_export.search.result import SearchResult
     from longrope_export.search.run import SearchConfig
 
 
@@ -49,12 +50,22 @@ def _names(ctx: click.Context, param: click.Parameter, text: str | None) -> tupl
 )
 @click.option(
     "--strategy",
-    type=click.Choice(["gradient", "evolution"]),
-    help="Descent on log λ, or LongRoPE's Algorithm 1.  [default: gradient]",
+    type=click.Choice(["gradient", "evolution", "critical-dim", "cmaes"]),
+    help="Descent on log λ, LongRoPE's Algorithm 1, LongRoPE2's structure, or CMA-ES.  [default: gradient]",
 )
+@click.option(
+    "--objective",
+    metavar="NAME=WEIGHT,…",
+    help="What is lowered: a mixture of perplexity, last, needle; and short, a penalty. With llamacpp in the list, "
+    "llama.cpp measures it on a GGUF.  [default: perplexity]",
+)
+@click.option("--last-share", type=float, help="Share of the tokens that `last` scores.  [default: 0.25]")
 @click.option("--budget", help="Time (90s, 45m, 1.5h) or number of evaluations.  [default: from a probe]")
 @click.option("--documents", type=int, help="Documents to search on.  [default: 4]")
 @click.option("--validation-documents", type=int, help="Documents that only choose.  [default: 2]")
+@click.option(
+    "--report-documents", type=int, help="Documents that are measured at the end and choose nothing.  [default: 0]"
+)
 @click.option("--seed", type=int, help="Seed of everything random.  [default: 0]")
 @click.option(
     "--for",
@@ -78,6 +89,11 @@ def _names(ctx: click.Context, param: click.Parameter, text: str | None) -> tupl
     type=float,
     help="The original short set stays unless perplexity falls by more than this share.  [default: 0.002]",
 )
+@click.option("--short-bound", type=float, help="Largest λ of the short set (evolution, paper).  [default: 2.0]")
+@click.option(
+    "--sets", callback=_names, metavar="LENGTH,…", help="Lengths in between that get a set each, such as 2x,16k."
+)
+@click.option("--sets-share", type=float, help="Share of the budget for each of them.  [default: 0.1]")
 @click.option("--start-tokens", callback=_numbers, metavar="N,N…", help="Values of n̂ to try; 0 tries none.")
 @click.option(
     "--baselines",
@@ -90,19 +106,25 @@ def _names(ctx: click.Context, param: click.Parameter, text: str | None) -> tupl
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
     help="Of the weights.  [default: auto: float32 up to 50 M parameters, else bfloat16]",
 )
-@click.option("--threads", type=int, help="CPU threads.  [default: torch's]")
-@click.option("--init", type=click.Path(path_type=Path), help="gradient: start from this longrope.json.")
+@click.option("--threads", type=int, help="CPU threads of each worker.  [default: torch's, shared by the workers]")
+@click.option(
+    "--executor",
+    type=click.Choice(["local", "processes", "ray"]),
+    help="Where candidates are measured: this process, several here, or a Ray cluster.  [default: local]",
+)
+@click.option("--workers", type=int, help="processes, ray: how many, each with the model in memory.  [default: 2]")
+@click.option("--init", type=click.Path(path_type=Path), help="gradient, cmaes: start from this longrope.json.")
 @click.option(
     "--learn-attention/--no-learn-attention",
     default=None,
-    help="gradient: descend on the attention factor too.  [default: yes, no for gguf]",
+    help="gradient, cmaes: search the attention factor too.  [default: yes, no for gguf]",
 )
 @click.option(
     "--constraint",
     type=click.Choice(["none", "monotone", "paper"]),
-    help="gradient: keep λ non-decreasing, or also within the paper's bounds.  [default: none]",
+    help="gradient, cmaes: keep λ non-decreasing, or also within the paper's bounds.  [default: none]",
 )
-@click.option("--learning-rate", type=float, help="gradient: largest step of log λ.  [default: 0.08]")
+@click.option("--learning-rate", type=float, help="gradient: largest step of log λ.  [default: 0.12]")
 @click.option(
     "--attention-rate", type=float, help="gradient: the same for the attention factor, as a share.  [default: 0.25]"
 )
@@ -114,43 +136,72 @@ def _names(ctx: click.Context, param: click.Parameter, text: str | None) -> tupl
 @click.option("--warm-up", type=float, help="gradient: share of the steps with a rising rate.  [default: 0.1]")
 @click.option("--trust-region", type=float, help="gradient: no log λ moves further in a step.  [default: 0.15]")
 @click.option("--average", type=float, help="gradient: share of the last steps that is averaged.  [default: 0.3]")
-@click.option("--patience", type=int, help="gradient: checkpoints without a better one before it stops.  [default: 3]")
+@click.option(
+    "--patience", type=int, help="gradient, cmaes: checkpoints without a better one before it stops.  [default: 3]"
+)
 @click.option("--documents-per-step", type=int, help="gradient: documents a step.  [default: grows with the budget]")
 @click.option(
     "--bound", type=float, help="Largest λ, as a multiple of s (evolution, constraint paper).  [default: 1.25]"
 )
 @click.option("--step", type=float, help="evolution: grid of λ.  [default: 0.01]")
-@click.option("--population", type=int, help="evolution: P.  [default: 64]")
+@click.option(
+    "--population", type=int, help="evolution: P; cmaes: candidates a generation.  [default: 64; 4 + 3 ln dimensions]"
+)
 @click.option("--iterations", type=int, help="evolution: T.  [default: 40]")
 @click.option("--mutations", type=int, help="evolution: N1.  [default: 16]")
 @click.option("--crossovers", type=int, help="evolution: N2.  [default: 16]")
 @click.option("--parents", type=int, help="evolution: k.  [default: 32]")
 @click.option("--mutation-probability", type=float, help="evolution: p.  [default: 0.3]")
+@click.option(
+    "--paper-large", is_flag=True, help="evolution: the paper's sizes beyond 512k: P, N1, N2 halved, 3 samples."
+)
+@click.option("--sigma", type=float, help="cmaes: first deviation of the slowest pair's log λ.  [default: 0.2]")
+@click.option("--knots", type=int, help="cmaes: increments of log λ, straight in between.  [default: one a pair]")
+@click.option(
+    "--race/--no-race",
+    default=None,
+    help="evolution, cmaes: drop clear losers before all documents are measured.  [default: yes for cmaes]",
+)
+@click.option(
+    "--optimiser", type=click.Choice(["gradient", "cmaes"]), help="critical-dim: what moves λ.  [default: gradient]"
+)
+@click.option(
+    "--critical-index",
+    "critical_indices",
+    callback=_numbers,
+    metavar="N,N…",
+    help="critical-dim: indices to try.  [default: 4 from ten turns in the window to one]",
+)
+@click.option("--dry-run", is_flag=True, help="Print the plan, its memory and its time; search nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")  # fmt: skip
-def search(as_json: bool, **options: Any) -> None:
+def search(as_json: bool, dry_run: bool, **options: Any) -> None:
     """Search RoPE rescale factors that make MODEL (an HF folder or a GGUF file) work at a longer window.
 
     Leaves OUT/longrope.json, and OUT/journal.jsonl with everything that was measured: after Ctrl-C or a crash, the same
-    command continues where it stopped and ends with the same factors, bit for bit.
+    command continues where it stopped and ends with the same factors, bit for bit. Ctrl-C leaves the best so far.
 
     \b
     Examples:
       longrope search model.gguf --to 4x --data book.txt --out factors
       longrope search ./Llama-3.2-1B --to 32k --data texts/ --budget 1h --out factors
       longrope search ./model --to 8x --data texts/ --strategy evolution --out factors
+      longrope search ./model --to 4x --data texts/ --objective perplexity=0.7,needle=0.3 --out factors
       longrope patch model.gguf --scaling factors/longrope.json --out longer.gguf
     """
     quiet_libraries()
+    config = search_config(options)
+    if dry_run:
+        _dry_run(config, as_json)
+        return
+    from longrope_export.converters.gguf.patch import patch_gguf
     from longrope_export.search.progress import SearchProgress
     from longrope_export.search.run import run_search
 
-    config = search_config(options)
     try:
         with SearchProgress() as progress:
-            result = run_search(config, progress)
-    except KeyboardInterrupt:
-        command = " ".join(["longrope", *map(shlex.quote, sys.argv[1:])])
-        click.echo(f"stopped; what was measured is kept. To continue:\n  {command}", err=True)
+            result = run_search(config, progress, patch_gguf)
+    except KeyboardInterrupt as stopped:
+        _say_stopped(config, getattr(stopped, "best", None))
         sys.exit(130)
     if as_json:
         print_json(result.to_dict())
@@ -158,34 +209,65 @@ def search(as_json: bool, **options: Any) -> None:
         click.echo("\n".join(_lines(result, config)))
 
 
+def _dry_run(config: SearchConfig, as_json: bool) -> None:
+    from longrope_export.search.preview import preview_search
+
+    preview = preview_search(config)
+    if as_json:
+        print_json(preview.to_dict())
+    else:
+        click.echo("\n".join(preview.lines()))
+
+
+def _say_stopped(config: SearchConfig, best: SearchResult | None) -> None:
+    kept = f"; the best so far is in {config.out}/longrope.json" if best else ""
+    command = " ".join(["longrope", *map(shlex.quote, sys.argv[1:])])
+    click.echo(f"stopped; what was measured is kept{kept}. To continue:\n  {command}", err=True)
+
+
 def search_config(options: dict[str, Any]) -> SearchConfig:
     """The configuration that the given options (None: not given) ask for; raises `LongRopeError` for a bad value."""
+    from longrope_export.search.config import LARGE_DOCUMENTS
     from longrope_export.search.run import SearchConfig
+    from longrope_export.search.strategies.cmaes import CmaOptions
     from longrope_export.search.strategies.evolution import EvolutionOptions
     from longrope_export.search.strategies.gradient import GradientOptions
 
     given = {name: value for name, value in options.items() if value is not None}
-
-    def those_of(record: Any, strategy: str) -> dict[str, Any]:
-        own = {field.name: given.pop(field.name) for field in dataclasses.fields(record) if field.name in given}
-        if own and given.get("strategy", SearchConfig.strategy) != strategy:
-            raise click.UsageError(f"--{next(iter(own)).replace('_', '-')} belongs to --strategy {strategy}")
-        return own
-
-    evolution = EvolutionOptions(**those_of(EvolutionOptions, "evolution"))
-    gradient = GradientOptions(**those_of(GradientOptions, "gradient"))
-    return SearchConfig(**given, evolution=evolution, gradient=gradient)
+    strategy = given.get("strategy", SearchConfig.strategy)
+    method = given.get("optimiser", SearchConfig.optimiser) if strategy == "critical-dim" else strategy
+    for name in ("optimiser", "critical_indices"):
+        if name in given and strategy != "critical-dim":
+            raise click.UsageError(f"--{name.replace('_indices', '-index')} belongs to --strategy critical-dim")
+    if given.get("race") and method == "gradient":
+        raise click.UsageError("--race belongs to --strategy evolution or cmaes")
+    base = EvolutionOptions()
+    if given.pop("paper_large", False):
+        if method != "evolution":
+            raise click.UsageError("--paper-large belongs to --strategy evolution")
+        base, given = base.halved(), {"documents": LARGE_DOCUMENTS, **given}
+    records: dict[str, Any] = {"gradient": GradientOptions(), "evolution": base, "cmaes": CmaOptions()}
+    fields = {name: {each.name for each in dataclasses.fields(record)} for name, record in records.items()}
+    own = {name: given.pop(name) for name in fields[method] if name in given}
+    for name, known in fields.items():
+        if other := sorted(known & given.keys()):
+            raise click.UsageError(f"--{other[0].replace('_', '-')} belongs to --strategy {name}")
+    records[method] = dataclasses.replace(records[method], **own)
+    return SearchConfig(**given, **records)
 
 
 def _lines(result: SearchResult, config: SearchConfig) -> list[str]:
     scaling = result.scaling
     window, target = scaling.original_max_position_embeddings, scaling.max_position_embeddings
-    scores = sorted(result.validation_perplexity.items(), key=lambda item: item[1])
-    name = max((len(name) for name, _ in scores), default=0)
+    what = "perplexity" if result.objective == "perplexity" else f"exp of {result.objective}"
+    report = [f"perplexity on {config.report_documents} report documents, which chose nothing:"]
     return [
         f"{window:,} → {target:,} tokens: {result.chosen} long factors, {result.short_chosen} short factors",
-        f"perplexity on {config.validation_documents} validation documents of {target:,} tokens:",
-        *(f"  {label:<{name}}  {perplexity:.3f}" for label, perplexity in scores),
+        f"{what} on {config.validation_documents} validation documents of {target:,} tokens:",
+        *_table(result.validation_perplexity),
+        *(report + _table(result.report_perplexity) if result.report_perplexity else []),
+        f"perplexity at the window of {window:,} tokens:",
+        *_table(result.retention),
         f"long factors {min(scaling.long_factor):.3f} to {max(scaling.long_factor):.3f}, "
         f"attention factor {scaling.long_attention_factor:.4f}, start tokens {scaling.long_start_tokens}",
         f"{result.evaluations:.1f} evaluations of {config.documents} documents "
@@ -193,3 +275,8 @@ def _lines(result: SearchResult, config: SearchConfig) -> list[str]:
         *(f"note: {line}" for line in result.notes),
         f"written: {config.out}/longrope.json",
     ]
+
+
+def _table(scores: Mapping[str, float]) -> list[str]:
+    width = max((len(name) for name in scores), default=0)
+    return [f"  {name:<{width}}  {value:.3f}" for name, value in sorted(scores.items(), key=lambda item: item[1])]

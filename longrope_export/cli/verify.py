@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from longrope_export.cli.common import print_json, quiet_libraries
+from longrope_export.cli.tables import printable
 
 if TYPE_CHECKING:
     from longrope_export.converters.verify import RegimeResult, VerificationReport
@@ -76,7 +77,7 @@ def print_report(report: VerificationReport) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{report.verdict.upper()}: {report.path}", title_justify="left")
+    table = Table(title=f"{report.verdict.upper()}: {printable(report.path)}", title_justify="left")
     for name in ("runtime", "set", "prefixes", "distance", "bound", "to other scalings", "verdict"):
         table.add_column(name)
     for entry in report.regimes:
@@ -85,10 +86,10 @@ def print_report(report: VerificationReport) -> None:
         prefixes = f"{entry.below} ≤ L, {entry.above} > L"
         numbers = (f"{found.distance:.2g}", f"{found.bound:g}")
         table.add_row(_runtime(entry), entry.regime, prefixes, *numbers, others, found.verdict)
-    console = Console()
+    console = Console(markup=False, emoji=False, highlight=False)  # a path may look like markup
     console.print(table)
     for line in _remarks(report):
-        console.print(line, highlight=False)
+        console.print(printable(line))
 
 
 def _runtime(entry: RegimeResult) -> str:

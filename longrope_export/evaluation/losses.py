@@ -34,9 +34,13 @@ def token_losses(model: nn.Module, input_ids: Tensor, *, chunk: int = 512, posit
     backward pass).
     """
     hidden = body_states(model, input_ids, positions)[0, :-1]
-    targets = input_ids[0, 1:].to(hidden.device)
-    chunks = zip(torch.split(hidden, chunk), torch.split(targets, chunk))
-    return torch.cat([_chunk_losses(model, states, wanted) for states, wanted in chunks])
+    return state_losses(model, hidden, input_ids[0, 1:].to(hidden.device), chunk=chunk)
+
+
+def state_losses(model: nn.Module, states: Tensor, targets: Tensor, *, chunk: int = 512) -> Tensor:
+    """Cross entropy in nats of `targets` [n] after hidden states [n, hidden], float32 [n], `chunk` of them at a time."""
+    chunks = zip(torch.split(states, chunk), torch.split(targets, chunk))
+    return torch.cat([_chunk_losses(model, part, wanted) for part, wanted in chunks])
 
 
 def body_states(model: nn.Module, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:

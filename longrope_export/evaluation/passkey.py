@@ -56,7 +56,7 @@ def build_prompt(tokenizer: Any, length: int, key: int, depth: float) -> Passkey
     """
     introduction = bos_ids(tokenizer) + encode(tokenizer, INTRODUCTION + "\n")
     sentence = encode(tokenizer, "\n" + KEY_SENTENCE.format(key=key) + "\n")
-    question, answer = _question_and_answer(tokenizer, key)
+    question, answer = question_and_answer(tokenizer, key)
     room = length - len(introduction) - len(sentence) - len(question) - len(answer)
     if room < 0:
         raise TextTooShortError(
@@ -68,7 +68,7 @@ def build_prompt(tokenizer: Any, length: int, key: int, depth: float) -> Passkey
     return PasskeyPrompt(tuple(prompt), tuple(answer), key, depth)
 
 
-def _question_and_answer(tokenizer: Any, key: int) -> tuple[list[int], list[int]]:
+def question_and_answer(tokenizer: Any, key: int) -> tuple[list[int], list[int]]:
     """Ids of the question and of " {key}", tokenised together: alone, the answer's first token can be another one."""
     question = encode(tokenizer, "\n" + QUESTION)
     both = encode(tokenizer, f"\n{QUESTION} {key}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from longrope_export.description import ModelDescription
 from longrope_export.errors import ScalingError
 from longrope_export.rope.methods import METHODS
-from longrope_export.scaling import RopeScaling, to_float32
+from longrope_export.scaling import RopeScaling
 from longrope_export.versions import versions
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def _records(
         raise ScalingError("--methods names one row twice; give each method or file once")
     for record in (scaling, *scalings.values()):
         if record is not None:
-            _check_record(record, description)
+            record.check_model(description.rotary_dim, description.rope_theta)
     return scaling, scalings
 
 
@@ -154,15 +154,6 @@ def _method_record(name: str, description: ModelDescription, target: int) -> tup
     if name not in METHODS and Path(name).exists():
         return Path(name).stem, read_scaling(name)
     return name, closed_form_scaling(description, target, name)
-
-
-def _check_record(record: RopeScaling, description: ModelDescription) -> None:
-    wanted = description.rotary_dim, to_float32(description.rope_theta)
-    if (record.rotary_dim, record.rope_theta) != wanted:
-        raise ScalingError(
-            f"the record is for rotary_dim {record.rotary_dim} and rope_theta {record.rope_theta:g}, the model has "
-            f"{wanted[0]} and {wanted[1]:g}: it was made for another model"
-        )
 
 
 def _data(options: EvaluateOptions) -> tuple[list[Row], Any]:
@@ -222,7 +213,7 @@ def _perplexity(
     with report("perplexity") as progress:
         if not scalings:
             return evaluate_perplexity(model, rows, options.lengths, progress=progress), None
-        window = min(description.window, max(options.lengths))
+        window = min(description.original_window, max(options.lengths))
         return None, compare_methods(model, rows, options.lengths, scalings, window=window, progress=progress)
 
 

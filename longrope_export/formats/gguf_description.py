@@ -8,19 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from longrope_export.description import ModelDescription
 from longrope_export.errors import InputFileError, ScalingError, UnsupportedModelError
 from longrope_export.families import FULL, SLIDING, family_for_gguf, gguf_architecture
 from longrope_export.formats.ggml_types import type_name
-from longrope_export.formats.gguf_header import FLOAT32, STRING, GgufHeader, read_gguf_header
+from longrope_export.formats.gguf_header import FLOAT32, STRING, GgufHeader
 from longrope_export.formats.gguf_scaling import (
     STATIC_TENSOR,
     gguf_rotary_dim,
     read_factors,
     scaling_from_gguf,
 )
-from longrope_export.formats.hf_description import MAX_LAYERS, window_warnings
+from longrope_export.formats.gguf_shards import read_gguf
+from longrope_export.formats.hf_config import MAX_LAYERS
+from longrope_export.formats.hf_description import window_warnings
 from longrope_export.gguf_architectures import GgufArchitecture
 from longrope_export.honours import honours
 from longrope_export.rope.formulas import yarn_attention_factor
@@ -34,7 +37,7 @@ _PATTERN_PERIODS = {"gemma2": 2, "gemma3": 6}
 
 def describe_gguf(path: Path) -> ModelDescription:
     """Describe a GGUF file; raises `InputFileError` or `UnsupportedModelError` (see `describe`)."""
-    header = read_gguf_header(path)
+    header = read_gguf(path)
     try:
         return _describe(header)
     except ScalingError as error:
@@ -62,7 +65,7 @@ def _describe(header: GgufHeader) -> ModelDescription:
         parameters["attention_factor"] = scaling.long_attention_factor
     factors, attention = _existing(header, keys, scaling, parameters, rotary, window)
     layer_types, sliding = _layer_types(keys, layers)
-    tensors = [info for info in header.tensors if not info.name.startswith("rope_")]
+    tensors = [info for info in header.all_tensors if not info.name.startswith("rope_")]
     sizes = Counter[str]()
     for info in tensors:
         sizes[type_name(info.ggml_type)] += info.size
@@ -84,11 +87,6 @@ def _rotating_architecture(header: GgufHeader) -> GgufArchitecture:
     name = header.get("general.architecture")
     if not isinstance(name, str) or not name:
         raise InputFileError(f"{header.path} has no general.architecture; it is not a model file")
-    split = header.get("split.count", 1)
-    if isinstance(split, int) and split > 1:
-        raise UnsupportedModelError(
-            f"it is one of {split} shards; join them first: llama-gguf-split --merge FIRST-SHARD OUT.gguf"
-        )
     gguf = gguf_architecture(name)
     has_keys = any(f"{name}.{key}" in header.metadata for key in ("rope.freq_base", "rope.dimension_count"))
     if not gguf.has_rope or not (has_keys or f"{name}.context_length" in header.metadata):
@@ -184,6 +182,19 @@ def _rope_parameters(keys: _Keys, theta: float, window: int) -> tuple[dict[str, 
     return {"rope_type": "default", "rope_theta": theta}, []
 
 
+def static_key_factors(header: GgufHeader, rotary_dim: int) -> npt.NDArray[np.float64] | None:
+    """Divisors [rotary_dim // 2] that linear or YaRN keys apply at every length; None where there are none.
+
+    Raises `InputFileError` or `UnsupportedModelError` for keys that cannot be read.
+    """
+    keys = _Keys(header, str(header.get("general.architecture")))
+    window = keys.count("context_length")
+    parameters, _ = _rope_parameters(keys, keys.real("rope.freq_base", 10000.0), window)
+    if parameters["rope_type"] not in ("linear", "yarn"):
+        return None
+    return factors_from_rope_parameters(parameters, rotary_dim=rotary_dim, max_position_embeddings=window).factors
+
+
 def _existing(
     header: GgufHeader,
     keys: _Keys,
@@ -233,7 +244,7 @@ def _vocab(keys: _Keys) -> int:
 def _warnings(header: GgufHeader, keys: _Keys, gguf: GgufArchitecture, scaling: RopeScaling | None) -> list[str]:
     found = []
     kind = keys.scaling_type()
-    names = {info.name for info in header.tensors}
+    names = {info.name for info in header.all_tensors}
     factor_names = sorted(names & {"rope_factors_long.weight", "rope_factors_short.weight"})
     if kind == "longrope" and not factor_names:
         found.append("rope.scaling.type is longrope, but there are no factor tensors: llama.cpp runs plain RoPE")

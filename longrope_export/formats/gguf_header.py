@@ -17,6 +17,7 @@ from typing import Any
 
 from longrope_export.errors import InputFileError
 from longrope_export.formats.ggml_types import block_layout
+from longrope_export.formats.unfinished import SPOILED_MAGIC, refuse_unfinished
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -42,19 +43,23 @@ SCALARS: Mapping[int, tuple[struct.Struct, str]] = MappingProxyType(
 )
 
 # Far above every real file; they bound the time that a hostile (or sparse) file can cost.
-MAX_ENTRIES = 1 << 16
+MAX_ENTRIES = 1 << 13
 MAX_TENSORS = 1 << 18
 MAX_STRINGS = 1 << 24
 MAX_KEY_BYTES = 1 << 16
 MAX_STRING_BYTES = 1 << 26
 MAX_NAME_BYTES = 63  # ggml's GGML_MAX_NAME is 64 with the terminating zero
 MAX_DIMENSIONS = 4
+# A row of the tensor table and a character of a key or value take more memory than file. So that a header never takes
+# more than twice the file and 16 MiB, a file has room for this many, and for more in proportion to its size.
+_LEAST_TENSORS, _BYTES_PER_TENSOR = 1 << 13, 2048
+_LEAST_TEXT_BYTES, _BYTES_PER_TEXT_BYTE = 1 << 20, 16
 
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class MetadataEntry:
     """One key of the header; `start` and `end` are the file offsets of the whole key-value record.
 
@@ -77,7 +82,7 @@ class MetadataEntry:
         return self.value_type == ARRAY
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """One row of the tensor table; `start` and `end` are the file offsets of the row itself.
 
@@ -100,6 +105,7 @@ class GgufHeader:
 
     All positions are file offsets in bytes: the metadata ends at `kv_end`, the tensor table at `infos_end`,
     tensor data begins at `data_start` (which lies beyond `file_size` only in a file without tensors).
+    `others` are the headers of a split model's further shards, where they were read (see `gguf_shards`).
     """
 
     path: Path
@@ -112,6 +118,7 @@ class GgufHeader:
     infos_end: int
     data_start: int
     file_size: int
+    others: tuple[GgufHeader, ...] = ()
 
     def get(self, key: str, default: Any = None) -> Any:
         """Value of a scalar or string key; `default` when it is absent or an array."""
@@ -119,8 +126,17 @@ class GgufHeader:
         return default if entry is None or entry.is_array else entry.value
 
     def tensor(self, name: str) -> TensorInfo | None:
-        """The tensor table's row for `name`, or None."""
-        return next((info for info in self.tensors if info.name == name), None)
+        """The tensor table's row for `name`, in whichever shard it is, or None."""
+        return next((info for info in self.all_tensors if info.name == name), None)
+
+    @property
+    def all_tensors(self) -> tuple[TensorInfo, ...]:
+        """The tensor tables of all shards."""
+        return sum((shard.tensors for shard in self.others), self.tensors)
+
+    def holder(self, info: TensorInfo) -> GgufHeader:
+        """The shard whose table has the row `info`."""
+        return next(shard for shard in (self, *self.others) if info in shard.tensors)
 
     def read_array(self, key: str) -> Any:
         """Decode one array: a list of str for strings (bytes that are no UTF-8 as surrogates), else a 1-D
@@ -149,11 +165,12 @@ def read_gguf_header(path: str | os.PathLike[str]) -> GgufHeader:
         raise InputFileError(f"{source} is not a regular file; name a GGUF file")
     try:
         with source.open("rb") as file:
+            refuse_unfinished(source)
             size = os.fstat(file.fileno()).st_size
             if size == 0:
                 raise InputFileError(f"{source} is empty; download or convert it again")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-                return _parse(source, view, size)
+                return parse_gguf_header(source, view, size)
     except OSError as error:
         raise InputFileError(f"{source} cannot be read: {error.strerror or error}") from error
 
@@ -174,11 +191,13 @@ def read_range(path: Path, start: int, end: int) -> bytes:
 class _Cursor:
     """A position in the mapped file; every move is checked against the file's size."""
 
-    def __init__(self, path: Path, view: mmap.mmap, size: int) -> None:
-        self.path, self.view, self.size, self.position = path, view, size, 0
+    def __init__(self, path: Path, view: mmap.mmap | bytes, file_size: int) -> None:
+        self.path, self.view, self.size, self.position = path, view, len(view), 0
+        self.text_left = _LEAST_TEXT_BYTES + file_size // _BYTES_PER_TEXT_BYTE
 
     def error(self, problem: str) -> InputFileError:
-        return InputFileError(f"{self.path} is not a valid GGUF file: {problem}")
+        # a key in it may be long
+        return InputFileError(f"{self.path} is not a valid GGUF file: {problem[:500]}")
 
     def need(self, count: int) -> int:
         """Claim the next `count` bytes and return where they start."""
@@ -202,6 +221,9 @@ class _Cursor:
         start = self.need(length)
         if length > limit:
             raise self.error(f"{what} has {length:,} bytes, at most {limit:,} are allowed")
+        self.text_left -= length
+        if self.text_left < 0:
+            raise self.error(f"its keys and strings have too many bytes for a file of this size, up to {what}")
         return self.view[start : start + length]
 
     def name(self, what: str, limit: int) -> str:
@@ -227,8 +249,12 @@ class _Cursor:
         self.need(8)
 
 
-def _parse(path: Path, view: mmap.mmap, size: int) -> GgufHeader:
-    cursor = _Cursor(path, view, size)
+def parse_gguf_header(path: Path, view: mmap.mmap | bytes, file_size: int) -> GgufHeader:
+    """The header that `view` holds (the whole file, or no less than its header) of a file of `file_size` bytes.
+
+    Raises `InputFileError` as `read_gguf_header` does; `path` only stands in messages and in the result.
+    """
+    cursor = _Cursor(path, view, file_size)
     version = _read_version(cursor)
     tensor_count, entry_count = cursor.u64(), cursor.u64()
     kv_start = cursor.position
@@ -241,10 +267,11 @@ def _parse(path: Path, view: mmap.mmap, size: int) -> GgufHeader:
         metadata[entry.key] = entry
     kv_end = cursor.position
     alignment = _alignment(cursor, metadata)
-    _check_count(cursor, "tensors", tensor_count, MAX_TENSORS, least_bytes=24)
+    most = min(MAX_TENSORS, _LEAST_TENSORS + file_size // _BYTES_PER_TENSOR)
+    _check_count(cursor, "tensors", tensor_count, most, least_bytes=24)
     tensors = tuple(_read_tensor_infos(cursor, tensor_count, alignment))
     data_start = align(cursor.position, alignment)
-    _check_data(cursor, tensors, data_start)
+    _check_data(path, tensors, data_start, file_size)
     return GgufHeader(
         path=path,
         version=version,
@@ -255,7 +282,7 @@ def _parse(path: Path, view: mmap.mmap, size: int) -> GgufHeader:
         kv_end=kv_end,
         infos_end=cursor.position,
         data_start=data_start,
-        file_size=size,
+        file_size=file_size,
     )
 
 
@@ -266,6 +293,8 @@ def align(position: int, alignment: int) -> int:
 
 def _read_version(cursor: _Cursor) -> int:
     magic = cursor.view[: min(4, cursor.size)]
+    if magic == SPOILED_MAGIC:
+        raise cursor.error("a change in place was cut short, and its undo record is not beside it; put that back")
     if magic != MAGIC[: len(magic)]:
         raise cursor.error(f"it begins with {magic!r}, not with {MAGIC!r}")
     cursor.need(4)
@@ -373,13 +402,13 @@ def _tensor_size(cursor: _Cursor, name: str, shape: tuple[int, ...], ggml_type: 
     return elements // block * block_bytes
 
 
-def _check_data(cursor: _Cursor, tensors: tuple[TensorInfo, ...], data_start: int) -> None:
+def _check_data(path: Path, tensors: tuple[TensorInfo, ...], data_start: int, file_size: int) -> None:
     for info in tensors:
         end = data_start + info.offset + info.size
-        if end > cursor.size:
+        if end > file_size:
             raise InputFileError(
-                f"{cursor.path} is truncated: the tensor {info.name!r} ends at byte {end:,}, "
-                f"the file has {cursor.size:,}; download or convert it again"
+                f"{path} is truncated: the tensor {info.name!r} ends at byte {end:,}, "
+                f"the file has {file_size:,}; download or convert it again"
             )
 
 

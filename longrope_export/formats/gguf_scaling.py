@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import replace
 from typing import Any
 
@@ -68,11 +69,10 @@ def read_factors(header: GgufHeader, name: str) -> Factors | None:
         raise InputFileError(
             f"{header.path}: the tensor {name} must be one F32 row of at most {MAX_ROTARY_DIM // 2} values"
         )
-    import numpy as np
-
     from longrope_export.formats.gguf_tensors import read_raw
 
-    return tuple(np.frombuffer(read_raw(header, name), "<f4").astype(float).tolist())
+    # not through numpy, which warns about some NaNs
+    return struct.unpack(f"<{info.shape[0]}f", read_raw(header, name))
 
 
 def _dimensions(info: TensorInfo) -> tuple[int, ...]:

@@ -21,8 +21,9 @@ def read_raw(header: GgufHeader, name: str) -> bytes:
     Raises `InputFileError` when there is no such tensor or the file has changed since its header was read.
     """
     info = find_tensor(header, name)
-    start = header.data_start + info.offset
-    return read_range(header.path, start, start + info.size)
+    shard = header.holder(info)
+    start = shard.data_start + info.offset
+    return read_range(shard.path, start, start + info.size)
 
 
 def read_tensor(header: GgufHeader, name: str) -> npt.NDArray[np.float32]:
@@ -35,13 +36,14 @@ def read_tensor(header: GgufHeader, name: str) -> npt.NDArray[np.float32]:
     shape = tuple(reversed(info.shape))
     if 0 in shape:
         return np.zeros(shape, np.float32)
+    shard = header.holder(info)
     row_values = info.shape[0] if info.shape else 1
     rows = info.size // _row_bytes(info)
     result = np.empty((rows, row_values), np.float32)
     step = max(1, _CHUNK_BYTES // _row_bytes(info))
     for first in range(0, rows, step):
         last = min(first + step, rows)
-        result[first:last] = _dequantized_rows(header, info, first, last)
+        result[first:last] = _dequantized_rows(shard, info, first, last)
     return result.reshape(shape)
 
 

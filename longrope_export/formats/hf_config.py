@@ -11,9 +11,11 @@ from typing import Any
 
 from longrope_export.errors import InputFileError
 from longrope_export.families import FULL, SLIDING, Family
+from longrope_export.scaling import short_repr
 
 MAX_CONFIG_BYTES = 1 << 24
 MAX_COUNT = 2**31 - 1
+MAX_LAYERS = 1 << 16
 LONGROPE_TYPES = ("longrope", "su")
 _WITH_ORIGINAL = (*LONGROPE_TYPES, "llama3", "yarn")
 
@@ -73,11 +75,40 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"model_type": config.get("model_type")} | dict(inner)
 
 
+def with_defaults(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """The language model's config with the family's defaults for absent keys.
+
+    As in transformers null is no absent key: a null `sliding_window` means none, a null `num_key_value_heads` as many
+    as there are heads.
+    """
+    values = {**family.defaults, **text_config(config)}
+    if values.get("rope_theta") is None:
+        values["rope_theta"] = family.defaults["rope_theta"]
+    return values
+
+
+def config_values(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """`with_defaults`, with the sizes checked that others divide by or count up to."""
+    values = with_defaults(config, family)
+    for key in ("hidden_size", "num_attention_heads", "num_hidden_layers", "max_position_embeddings"):
+        count(values, key)
+    for key in ("head_dim", "max_window_layers", "sliding_window_pattern"):
+        if values.get(key) is not None:
+            count(values, key)
+    if values["num_hidden_layers"] > MAX_LAYERS:
+        raise InputFileError(
+            f"config.json: num_hidden_layers is {values['num_hidden_layers']}; at most {MAX_LAYERS} are read"
+        )
+    return values
+
+
 def count(config: Mapping[str, Any], key: str) -> int:
     """A whole number of config.json from 1 to 2^31 − 1; raises `InputFileError` for anything else."""
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_COUNT:
-        raise InputFileError(f"config.json: {key} is {short(value)}; it must be a whole number from 1 to {MAX_COUNT}")
+        raise InputFileError(
+            f"config.json: {key} is {short_repr(value)}; it must be a whole number from 1 to {MAX_COUNT}"
+        )
     return value
 
 
@@ -85,19 +116,11 @@ def positive(values: Mapping[str, Any], key: str) -> float:
     """A finite number above 0; raises `InputFileError` for anything else."""
     value = values.get(key)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise InputFileError(f"config.json: {key} is {short(value)}; it must be a finite number above 0")
+        raise InputFileError(f"config.json: {key} is {short_repr(value)}; it must be a finite number above 0")
     try:
         return float(value)
     except OverflowError:
         raise InputFileError(f"config.json: {key} is too large") from None
-
-
-def short(value: Any) -> str:
-    """`repr` of a stranger's value, cut for a message of one line."""
-    if isinstance(value, int) and abs(value) > 10**30:
-        return "a number of over 30 digits"
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def rope_by_layer_type(config: Mapping[str, Any], family: Family) -> tuple[dict[str, HfRope], list[str]]:
@@ -129,7 +152,7 @@ def _object(config: Mapping[str, Any], key: str) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise InputFileError(f"config.json: {key} is {short(value)}; it must be an object")
+        raise InputFileError(f"config.json: {key} is {short_repr(value)}; it must be an object")
     return dict(value)
 
 
@@ -152,7 +175,7 @@ def rope_type(values: Mapping[str, Any]) -> str:
     """`rope_type`, or its old name `type`; raises `InputFileError` when it is no string."""
     value = values.get("rope_type", values.get("type", "default"))
     if not isinstance(value, str):
-        raise InputFileError(f"config.json: rope_type is {short(value)}; it must be a string")
+        raise InputFileError(f"config.json: rope_type is {short_repr(value)}; it must be a string")
     return value
 
 
@@ -163,7 +186,9 @@ def _fill_original(config: Mapping[str, Any], values: dict[str, Any], warnings: 
     top, inner = config.get(key), values.get(key)
     if top is not None:
         if inner is not None and inner != top:
-            warnings.append(f"the top-level {key} ({short(top)}) overrides the one beside the factors ({short(inner)})")
+            warnings.append(
+                f"the top-level {key} ({short_repr(top)}) overrides the one beside the factors ({short_repr(inner)})"
+            )
         values[key] = top
     elif inner is None:
         warnings.append(

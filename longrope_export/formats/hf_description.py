@@ -19,18 +19,17 @@ from longrope_export.families import (
     head_dim,
     rotary_dim,
 )
-from longrope_export.formats.hf_config import HfRope, count, read_json, rope_by_layer_type, short, text_config
+from longrope_export.formats.hf_config import HfRope, config_values, count, read_json, rope_by_layer_type
 from longrope_export.formats.hf_scaling import scaling_from_config
 from longrope_export.formats.safetensors_header import SafetensorsHeader, read_safetensors_header
 from longrope_export.honours import honours
 from longrope_export.rope.formulas import longrope_attention_factor
 from longrope_export.rope.hf_types import factors_from_rope_parameters
-from longrope_export.scaling import RopeScaling, to_float32
+from longrope_export.scaling import RopeScaling, short_repr, to_float32
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-MAX_LAYERS = 1 << 16
 
 
 def describe_folder(folder: Path) -> ModelDescription:
@@ -79,26 +78,6 @@ def _describe(folder: Path, config: dict[str, Any]) -> ModelDescription:
         honours=honours(family, gguf, "hf"),
         warnings=(*warnings, *rope_warnings(rope, scaling, values), *window_warnings(sliding, window)),
     )  # fmt: skip
-
-
-def config_values(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """The language model's config with the family's defaults for absent keys; sizes that others divide by
-    are checked.
-    """
-    text = text_config(config)
-    values = {**family.defaults, **text}
-    for key in ("hidden_size", "num_attention_heads", "num_hidden_layers", "max_position_embeddings"):
-        count(values, key)
-    for key in ("head_dim", "max_window_layers", "sliding_window_pattern"):
-        if values.get(key) is not None:
-            count(values, key)
-    if values["num_hidden_layers"] > MAX_LAYERS:
-        raise InputFileError(
-            f"config.json: num_hidden_layers is {values['num_hidden_layers']}; at most {MAX_LAYERS} are read"
-        )
-    if values.get("rope_theta") is None:
-        values["rope_theta"] = family.defaults["rope_theta"]
-    return values
 
 
 def _existing(rope: HfRope, rotary_dim: int, window: int) -> tuple[tuple[float, ...] | None, float]:
@@ -189,21 +168,22 @@ def _sizes(header: SafetensorsHeader) -> Counter[str]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The folder's safetensors files: those of its index, else model.safetensors, else all of them.
+    """The folder's safetensors files, as transformers chooses: model.safetensors, else those of its index; else all.
 
     Raises `InputFileError` for an index that is malformed, names a file outside the folder, or one that is
     missing.
     """
-    index = folder / INDEX_FILE
+    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
+    if single.exists():
+        return [single]
     if not index.is_file():
-        single = folder / SINGLE_FILE
-        return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+        return sorted(folder.glob("*.safetensors"))
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise InputFileError(f"{index} has no weight_map of names")
     for name in sorted(set(names.values())):
         if name == ".." or Path(name).name != name or "\\" in name or "\0" in name:
-            raise InputFileError(f"{index} names {short(name)}, which is not a file name in the folder")
+            raise InputFileError(f"{index} names {short_repr(name)}, which is not a file name in the folder")
         if not (folder / name).is_file():
             raise InputFileError(f"{folder / name} is missing, but {index} names it; download it again")
     return [folder / name for name in sorted(set(names.values()))]

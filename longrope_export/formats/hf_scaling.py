@@ -15,10 +15,10 @@ from longrope_export.formats.hf_config import (
     count,
     rope_by_layer_type,
     rope_type,
-    short,
     text_config,
+    with_defaults,
 )
-from longrope_export.scaling import RopeScaling
+from longrope_export.scaling import RopeScaling, short_repr
 
 RECORD_KEY = "longrope_export"
 # What a format can express of a record; n̂, the short attention factor and further sets have no place in it.
@@ -60,7 +60,7 @@ def own_record(config: Mapping[str, Any]) -> RopeScaling | None:
     if values is None:
         return None
     if not isinstance(values, Mapping):
-        raise InputFileError(f"config.json: {RECORD_KEY} is {short(values)}; it must be an object")
+        raise InputFileError(f"config.json: {RECORD_KEY} is {short_repr(values)}; it must be an object")
     return RopeScaling.from_dict(values)
 
 
@@ -78,7 +78,7 @@ def longrope_scaling(config: Mapping[str, Any]) -> RopeScaling | None:
     """
     text = text_config(config)
     family = _family(text)
-    values = {**family.defaults, **{key: value for key, value in text.items() if value is not None}}
+    values = with_defaults(text, family)
     if not (values.get("rope_parameters") or values.get("rope_scaling")):
         return None
     ropes, _ = rope_by_layer_type(values, family)
@@ -97,7 +97,7 @@ def _family(text: Mapping[str, Any]) -> Family:
         return family_for_config(text.get("model_type"))
     except UnsupportedModelError:
         return Family(
-            name=short(text.get("model_type")),
+            name=short_repr(text.get("model_type")),
             model_types=(), architectures=(), gguf_architectures=(), pair_layout="NEOX",
             defaults={"rope_theta": 10000.0}, partial_rotary=True,
         )  # fmt: skip
@@ -140,10 +140,10 @@ def _record(values: Mapping[str, Any], family: Family, rope: HfRope) -> RopeScal
 def _numbers(parameters: Mapping[str, Any], name: str) -> tuple[float, ...]:
     value = parameters.get(name)
     if not isinstance(value, list) or not value:
-        raise InputFileError(f"config.json: {name} is {short(value)}; longrope needs a list of numbers")
+        raise InputFileError(f"config.json: {name} is {short_repr(value)}; longrope needs a list of numbers")
     for index, item in enumerate(value):
         if isinstance(item, bool) or not isinstance(item, (int, float)):
-            raise InputFileError(f"config.json: {name}[{index}] is {short(item)}; it must be a number")
+            raise InputFileError(f"config.json: {name}[{index}] is {short_repr(item)}; it must be a number")
     return tuple(value)
 
 
@@ -159,5 +159,5 @@ def _attention_factor(parameters: Mapping[str, Any], original: int, window: int)
 def _number(values: Mapping[str, Any], name: str) -> float:
     value = values[name]
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e30 or math.isnan(value):
-        raise ScalingError(f"config.json: {name} is {short(value)}; it must be a finite number")
+        raise ScalingError(f"config.json: {name} is {short_repr(value)}; it must be a finite number")
     return float(value)

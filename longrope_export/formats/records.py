@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from longrope_export.errors import InputFileError, LongRopeError, ScalingError
-from longrope_export.formats.gguf_header import MAGIC, read_gguf_header
+from longrope_export.formats.gguf_header import MAGIC
 from longrope_export.formats.gguf_scaling import scaling_from_gguf
+from longrope_export.formats.gguf_shards import read_gguf
 from longrope_export.formats.hf_config import read_json
 from longrope_export.formats.hf_scaling import check_agreement, own_record, scaling_from_config
 from longrope_export.formats.safetensors_header import read_safetensors_header
@@ -56,7 +57,7 @@ def _read_by_kind(path: Path) -> RopeScaling | None:
     with path.open("rb") as file:
         magic = file.read(4)
     if magic == MAGIC or path.suffix == ".gguf":
-        return scaling_from_gguf(read_gguf_header(path))
+        return scaling_from_gguf(read_gguf(path))
     if path.suffix == ".safetensors":
         return scaling_from_metadata(read_safetensors_header(path).metadata)
     return _from_json(path)
@@ -99,7 +100,7 @@ def _is_complete(path: Path) -> bool:
     """Whether the file holds our own record, not only what a runtime reads."""
     if path.name == CONFIG_FILE:
         return own_record(read_json(path)) is not None
-    return path.suffix != ".gguf" or read_gguf_header(path).get("longrope_export.scaling") is not None
+    return path.suffix != ".gguf" or read_gguf(path).get("longrope_export.scaling") is not None
 
 
 def _plain(scaling: RopeScaling) -> str:

@@ -18,6 +18,9 @@ from typing import Any
 from longrope_export.errors import InputFileError
 
 MAX_HEADER_BYTES = 100_000_000
+# Parsed JSON can take sixty times its text. So that a header never takes more memory than twice the file and 16 MiB, it
+# may have this many bytes, and more in proportion to the file.
+_LEAST_HEADER_BYTES, _BYTES_PER_HEADER_BYTE = 1 << 18, 32
 METADATA_KEY = "__metadata__"
 _DTYPES_BY_BITS = {
     4: "F4",
@@ -82,7 +85,8 @@ def read_safetensors_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
 
 
 def _invalid(path: Path, problem: str) -> InputFileError:
-    return InputFileError(f"{path} is not a valid safetensors file: {problem}")
+    # a tensor's name in it may be long
+    return InputFileError(f"{path} is not a valid safetensors file: {problem[:500]}")
 
 
 def _header_length(path: Path, raw: bytes, size: int) -> int:
@@ -95,6 +99,8 @@ def _header_length(path: Path, raw: bytes, size: int) -> int:
         raise InputFileError(
             f"{path} is truncated: the header needs {8 + length:,} bytes, the file has {size:,}; download it again"
         )
+    if length > _LEAST_HEADER_BYTES + size // _BYTES_PER_HEADER_BYTE:
+        raise _invalid(path, f"its header has {length:,} bytes, too many for a file of {size:,}")
     return length
 
 

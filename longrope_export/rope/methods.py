@@ -209,6 +209,11 @@ def method_factors(
     return Factors(as_factors(factors, setting.pairs), float(attention))
 
 
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Raise `ScalingError` for an unknown method, or for an option that it does not have."""
+    _method(name, {key: value for key, value in options.items() if key != "resonance"})
+
+
 def compose(existing: npt.NDArray[np.float64], new: npt.NDArray[np.float64]) -> Array:
     """Total divisors of a model that already divides by `existing` and is extended by `new`: their product.
 
@@ -296,7 +301,7 @@ def _method(name: str, options: Mapping[str, Any]) -> Method:
         raise ScalingError(f"there is no method {name!r}; choose one of {', '.join(METHODS)}")
     method = METHODS[name]
     if unknown := sorted(set(options) - set(method.options)):
-        known = ", ".join(method.options) or "none"
+        known = ", ".join([*method.options, "resonance"])
         raise ScalingError(f"{name} has no option {', '.join(unknown)}; its options: {known}")
     return method
 

@@ -169,7 +169,7 @@ def _run_child(folder: Path, gguf: Path, timeout: float) -> Outcome:
     text = log_file.read_text(encoding="utf-8", errors="replace")
     answer_file = folder / "answer.json"
     if not answer_file.is_file():
-        raise RuntimeFailure(f"llama.cpp died {_cause(code)} on {gguf}: {last_meaningful_line(text)}")
+        raise RuntimeFailure(f"llama.cpp died {cause_of_death(code)} on {gguf}: {last_meaningful_line(text)}")
     answer = json.loads(answer_file.read_text())
     if "error" in answer:
         # A load error reaches Python as one fixed sentence; the reason stands in the log only.
@@ -179,7 +179,8 @@ def _run_child(folder: Path, gguf: Path, timeout: float) -> Outcome:
     return Outcome(answer, np.load(table, allow_pickle=False) if table.is_file() else None, text)
 
 
-def _cause(code: int) -> str:
+def cause_of_death(code: int) -> str:
+    """How a process that ended with `code` ended: `with exit code 3`, `by SIGKILL`."""
     if code >= 0:
         return f"with exit code {code}"
     try:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from longrope_export.errors import ScalingError
-from longrope_export.search.evaluator import mean_by_candidate
 from longrope_export.search.protocol import SEARCH, Outcome, Trial
 from longrope_export.search.space import Candidate, Individual, PaperSpace
+from longrope_export.search.strategies.racing import Race, mean_loss
 
 # Draws of a child that was seen before, until the child is given up: only a nearly exhausted grid comes to this.
 _DRAWS = 100
@@ -50,6 +50,15 @@ class EvolutionOptions:
             parents=max(2, self.parents // 4),
         )
 
+    def halved(self) -> EvolutionOptions:
+        """The paper's sizes beyond 512k tokens: P, N1 and N2 halved."""
+        return replace(
+            self,
+            population=max(1, self.population // 2),
+            mutations=self.mutations // 2,
+            crossovers=self.crossovers // 2,
+        )
+
     @property
     def evaluations(self) -> int:
         """Evaluations of a full run."""
@@ -60,7 +69,8 @@ class Evolution:
     """Algorithm 1: seeds and their mutants, then per iteration N1 mutants and N2 crossovers of the best k so far.
 
     `seeds` become the nearest grid points. One evaluation is one candidate on all `documents` of `part`; after
-    `evaluations` of them it stops wherever it is. A candidate is never proposed twice.
+    `evaluations` of them it stops wherever it is. A candidate is never proposed twice. With `race` (not in the paper)
+    candidates that will clearly not be among the best k are dropped before all documents are measured.
     """
 
     def __init__(
@@ -74,39 +84,53 @@ class Evolution:
         attention_factor: float,
         generator: np.random.Generator,
         part: str = SEARCH,
+        race: bool = False,
     ) -> None:
-        self._space, self._options, self._generator = space, options, generator
+        self._space, self._options, self._generator, self._eliminate = space, options, generator, race
         self._seeds = [space.nearest(seed.factors) for seed in seeds]
         self._documents, self._part, self._attention = documents, part, attention_factor
-        self._left = evaluations
+        self._left = evaluations * documents
         self._iteration = 0
         self._asked: list[Individual] = []
+        self._race = Race([], part, documents)
         self._seen: set[Individual] = set()
         self._told = 0
-        self._scored: list[tuple[float, int, Individual]] = []
+        self._scored: list[tuple[float, int, Individual, list[float]]] = []
         self.history: list[float] = []
 
     def ask(self) -> list[Trial]:
-        """All trials of the next generation."""
-        if self._iteration > self._options.iterations or self._left <= 0:
+        """All trials of the next generation, or what is left of this one's race."""
+        if self._race.done and not self._begin():
             return []
-        proposed = self._children() if self._scored else self._first_population()
-        self._asked = proposed[: self._left]
-        return [
-            Trial(self._candidate(individual), self._part, document)
-            for individual in self._asked
-            for document in range(self._documents)
-        ]
+        trials = self._race.ask()
+        self._left -= len(trials)
+        return trials
 
     def tell(self, outcomes: Sequence[Outcome]) -> None:
         """Rank the generation among the best k so far; the earlier one wins a tie."""
-        losses = mean_by_candidate(outcomes, self._documents)
-        scored = [(loss, self._told + index, each) for index, (loss, each) in enumerate(zip(losses, self._asked))]
-        self._told += len(scored)
-        self._scored = sorted(self._scored + scored)[: self._options.parents]
-        self._left -= len(self._asked)
+        self._race.tell(outcomes)
+        if not self._race.done:
+            return
+        scored = [
+            (mean_loss(losses), self._told + index, self._asked[index], losses)
+            for index, losses in self._race.survivors()
+        ]
+        self._told += len(self._asked)
+        self._scored = sorted(self._scored + scored, key=lambda each: each[:2])[: self._options.parents]
         self._iteration += 1
         self.history.append(self._scored[0][0] if self._scored else math.inf)
+
+    def _begin(self) -> bool:
+        affordable = self._left // self._documents
+        if self._iteration > self._options.iterations or affordable <= 0:
+            return False
+        proposed = self._children() if self._scored else self._first_population()
+        self._asked = proposed[:affordable]
+        self._race = Race(
+            [self._candidate(each) for each in self._asked], self._part, self._documents, eliminate=self._eliminate,
+            keep=self._options.parents, incumbents=[losses for *_, losses in self._scored],
+        )  # fmt: skip
+        return bool(self._asked)
 
     def finalists(self) -> list[Candidate]:
         """The candidate with the lowest loss on the search documents."""
@@ -125,7 +149,7 @@ class Evolution:
         return population[: self._options.population]
 
     def _children(self) -> list[Individual]:
-        parents = [individual for _, _, individual in self._scored]
+        parents = [individual for _, _, individual, _ in self._scored]
         mutants = (self._new(lambda: self._mutant(parents)) for _ in range(self._options.mutations))
         children = [each for each in mutants if each]
         crossed = (self._new(lambda: self._crossover(parents)) for _ in range(self._options.crossovers))

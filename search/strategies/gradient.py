@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +14,7 @@ from longrope_export.errors import NumericalError, ScalingError
 from longrope_export.search.evaluator import mean_by_candidate
 from longrope_export.search.protocol import SEARCH, VALIDATION, Outcome, Trial
 from longrope_export.search.space import Candidate
-
-Array = npt.NDArray[np.float64]
-Constraint = Literal["none", "monotone", "paper"]
+from longrope_export.search.strategies.log_space import Array, Constraint, LogSpace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +69,7 @@ class GradientDescent:
 
     Each step takes the next documents of a seeded shuffle. At `checkpoints` evenly spaced steps the average of the
     last iterates is measured on the validation documents; after `patience` of them without a better one it stops.
-    `bound` is the largest λ of the constraint "paper"; `turns` [pairs] is how often each pair turns within the window.
+    `turns` [pairs] is how often each pair turns within the window.
     """
 
     def __init__(
@@ -79,20 +77,21 @@ class GradientDescent:
         start: Candidate,
         options: GradientOptions,
         plan: Descent,
+        space: LogSpace,
         *,
         learn_attention: bool,
         documents: int,
         validation_documents: int,
-        bound: float,
         turns: npt.ArrayLike,
         generator: np.random.Generator,
         parts: tuple[str, str] = (SEARCH, VALIDATION),
     ) -> None:
-        self._options, self._plan, self._bound = options, plan, bound
+        self._options, self._plan, self._space = options, plan, space
         self._start_tokens = start.start_tokens
-        self._position = np.log([*start.factors, start.attention_factor])
+        free = space.restrict(np.log(start.factors))
+        self._position = np.append(free, math.log(start.attention_factor))
         slowed = np.minimum(1.0, options.full_rate_turns / np.asarray(turns, dtype=np.float64))
-        self._rates = np.append(slowed, options.attention_rate if learn_attention else 0.0)
+        self._rates = np.append(space.restrict(slowed), options.attention_rate if learn_attention else 0.0)
         self._project()
         self._adam = _Adam(len(self._position))
         self._shuffle = _Shuffle(documents, generator)
@@ -121,7 +120,8 @@ class GradientDescent:
             self._checkpoint = None
             return
         self.history.append(math.fsum(outcome.loss for outcome in outcomes) / len(outcomes))
-        self._move(_mean_gradient(outcomes))
+        gradient = _mean_gradient(outcomes)
+        self._move(np.append(self._space.gather(gradient[:-1]), gradient[-1]))
         self._path.append(self._position.copy())
         self._step += 1
         if self._step in self._checkpoint_steps():
@@ -141,18 +141,15 @@ class GradientDescent:
         self._project()
 
     def _project(self) -> None:
-        if self._options.constraint != "none":
-            self._position[:-1] = isotonic(self._position[:-1])
-        if self._options.constraint == "paper":
-            self._position[:-1] = np.clip(self._position[:-1], 0.0, math.log(self._bound))
+        self._position[:-1] = self._space.project(self._position[:-1])
 
     def _averaged(self) -> Array:
         count = max(1, round(self._options.average * len(self._path)))
         return np.asarray(np.mean(self._path[-count:], axis=0))
 
     def _candidate(self, position: Array) -> Candidate:
-        values = np.exp(position).tolist()
-        return Candidate(tuple(values[:-1]), values[-1], self._start_tokens)
+        factors = np.exp(self._space.expand(position[:-1])).tolist()
+        return Candidate(tuple(factors), math.exp(position[-1]), self._start_tokens)
 
     def _checkpoint_steps(self) -> set[int]:
         count = self._plan.checkpoints
@@ -179,17 +176,6 @@ class _Adam:
         first = self._first / (1.0 - beta1**self._count)
         second = self._second / (1.0 - beta2**self._count)
         return np.asarray(first / (np.sqrt(second) + 1e-12))
-
-
-def isotonic(values: Array) -> Array:
-    """The nearest non-decreasing sequence in least squares (pool adjacent violators)."""
-    pools: list[tuple[float, int]] = []
-    for value in values.tolist():
-        pools.append((value, 1))
-        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
-            (right, many), (left, more) = pools.pop(), pools.pop()
-            pools.append(((right * many + left * more) / (many + more), many + more))
-    return np.array([mean for mean, count in pools for _ in range(count)])
 
 
 def _mean_gradient(outcomes: Sequence[Outcome]) -> Array:

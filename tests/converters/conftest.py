@@ -60,7 +60,12 @@ def gguf_file(tmp_path: Path) -> Callable[..., Path]:
         }
         for key, value in {**defaults, **(keys or {})}.items():
             if value is not None:
-                add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+                add = {
+                    int: writer.add_uint32,
+                    float: writer.add_float32,
+                    str: writer.add_string,
+                    list: writer.add_array,
+                }
                 add[type(value)](key, value)
         writer.add_token_list(["<s>", "</s>", "ä\u2028", "word" * 30])
         writer.add_array("general.tags", ["one", "two"])

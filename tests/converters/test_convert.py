@@ -427,11 +427,13 @@ def test_bad_token_ids_are_refused(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"model_type": "qwen2"}, UnsupportedModelError, "qwen2 is not converted here, only llama and mistral"),
+        ({"model_type": "qwen3"}, UnsupportedModelError, "qwen3 is not converted here, only llama, mistral, qwen2"),
         ({"hidden_act": "gelu"}, UnsupportedModelError, "hidden_act is 'gelu'"),
         ({"partial_rotary_factor": 0.5}, UnsupportedModelError, "rotates whole heads"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, UnsupportedModelError, "dynamic NTK"),
-        ({"num_hidden_layers": 3}, InputFileError, "the weights lack blk.2"),
+        ({"num_hidden_layers": 4}, InputFileError, "says 4 layers, but there are"),
+        ({"num_hidden_layers": 2**16}, InputFileError, "says 65,536 layers, but there are"),
+        ({"vocab_size": 2**31 - 1}, InputFileError, r"config.json says .2147483647, 128"),
         ({"num_hidden_layers": 1}, UnsupportedModelError, "model.layers.1.* has no place"),
         ({"intermediate_size": 161}, InputFileError, "shape .* config.json says .128, 161"),
         ({"num_key_value_heads": 4}, InputFileError, "config.json says .128, 128"),
@@ -448,6 +450,31 @@ def test_models_that_cannot_be_converted_are_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
     if error is LossyTargetError:
         assert len(convert_to_gguf(copy, tmp_path / "m.gguf", allow_lossy=True)) == 1
+
+
+def test_null_means_what_transformers_takes_it_for(copy: Path, tmp_path: Path) -> None:
+    """A null sliding window is none, and null key-value heads are as many as there are heads."""
+    edit_config(copy, model_type="mistral", sliding_window=None)
+    assert convert_to_gguf(copy, tmp_path / "m.gguf") == []
+    edit_config(copy, num_key_value_heads=None)
+    with pytest.raises(InputFileError, match=r"attn_k.* config.json says .128, 128"):
+        convert_to_gguf(copy, tmp_path / "n.gguf")
+
+
+def test_a_layer_without_weights_is_named(copy: Path, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(copy / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputFileError, match=r"the weights lack blk\.1\.ffn_up"):
+        convert_to_gguf(copy, tmp_path / "m.gguf")
+
+
+def test_a_chat_template_that_is_no_text_is_refused(copy: Path, tmp_path: Path) -> None:
+    (copy / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputFileError, match=r"chat_template\.jinja is not UTF-8"):
+        convert_to_gguf(copy, tmp_path / "m.gguf")
 
 
 def test_records_of_other_models_are_refused(small_llama: Path, record: Record, tmp_path: Path) -> None:

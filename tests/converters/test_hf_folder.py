@@ -282,15 +282,38 @@ def test_damaged_folders_are_refused(folders: Callable[[str], Path], record: Rec
     (source / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(UnsupportedModelError, match=r"pytorch_model.bin, which may run code"):
         write_hf_folder(source, tmp_path / "new", scaling)
-    shutil.copy(folders("llama") / "model.safetensors", source)
+    shutil.copy(folders("llama") / "model.safetensors", source / "model-1.safetensors")
     (source / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-2.safetensors"}}')
-    with pytest.raises(InputFileError, match=r"has no model-2.safetensors"):
+    with pytest.raises(InputFileError, match=r"model-2.safetensors is missing"):
         write_hf_folder(source, tmp_path / "new", scaling)
     (source / "model.safetensors.index.json").unlink()
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        (source / name).write_bytes(b"\xff")
+        with pytest.raises(InputFileError, match=rf"source/{name} is not valid JSON"):
+            write_hf_folder(source, tmp_path / "new", scaling)
+        (source / name).unlink()
     (source / "config.json").write_text(json.dumps({**config, "model_type": "gptj"}))
     with pytest.raises(UnsupportedModelError, match="'gptj' is not known here"):
         write_hf_folder(source, tmp_path / "new", scaling)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_second_copy_of_the_weights_is_left_out(
+    folders: Callable[[str], Path], record: Record, tmp_path: Path, sharded: bool
+) -> None:
+    """Mistral's folders hold `consolidated.safetensors` beside the files that transformers loads."""
+    source, weights = tmp_path / "source", folders("llama") / "model.safetensors"
+    source.mkdir()
+    shutil.copy(folders("llama") / "config.json", source)
+    shutil.copy(weights, source / "consolidated.safetensors")
+    name = "model-00001-of-00001.safetensors" if sharded else "model.safetensors"
+    shutil.copy(weights, source / name)
+    if sharded:
+        index = {"weight_map": dict.fromkeys(read_safetensors_header(weights).tensors, name)}
+        (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_hf_folder(source, tmp_path / "new", family_record(record, "llama"))
+    assert [path.name for path in (tmp_path / "new").glob("*.safetensors")] == [name]
 
 
 def test_an_existing_folder_and_a_failing_writer_leave_nothing(

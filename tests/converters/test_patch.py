@@ -82,7 +82,8 @@ def test_untouched_keys_are_the_same_bytes(gguf_file: Build, record: Record, tmp
     ],
 )
 def test_keys_of_other_methods_are_removed(gguf_file: Build, record: Record, tmp_path: Path, key: str) -> None:
-    patch_gguf(gguf_file(keys={key: 4.0}), tmp_path / "new.gguf", record())
+    composed = record(short_factor=[4.0] * 8, long_factor=[16.0] * 8)
+    patch_gguf(gguf_file(keys={key: 4.0}), tmp_path / "new.gguf", composed)
     assert key not in read_gguf_header(tmp_path / "new.gguf").metadata
 
 
@@ -172,7 +173,7 @@ def test_a_gguf_without_rope_is_refused(gguf_file: Build, record: Record, tmp_pa
         ({"llama.rope.dimension_count": None}, {}, InputFileError, "does not say how many dimensions"),
         ({"llama.attention.key_length": 64, "llama.rope.dimension_count": None}, {}, ScalingError, "needs 32"),
         ({"llama.rope.freq_base": 500000.0}, {}, ScalingError, "has 500000; it was made for another model"),
-        ({"split.count": 3}, {}, UnsupportedModelError, "one of 3 shards; merge them first"),
+        ({"split.count": 3}, {}, InputFileError, "one of 3 shards, which are found by their names"),
         ({"llama.context_length": None}, {}, InputFileError, "is not a language model"),
         ({"llama.context_length": 4096}, {}, LossyTargetError, "extends a window of 512, the file has 4096"),
         ({}, {"long_start_tokens": 4}, LossyTargetError, "n̂ = 4"),
@@ -204,6 +205,31 @@ def test_own_static_factors_must_be_in_the_record(gguf_file: Build, record: Reco
     with pytest.raises(LossyTargetError, match=r"rope_freqs.weight, up to 8.* compose them"):
         patch_gguf(source, tmp_path / "new.gguf", naive)
     assert "rope_freqs" in patch_gguf(source, tmp_path / "lossy.gguf", naive, allow_lossy=True)[0]
+    composed = record(short_factor=own.tolist(), long_factor=(own * 4).tolist())
+    assert patch_gguf(source, tmp_path / "new.gguf", composed) == []
+    assert existing_factors(read_gguf_header(tmp_path / "new.gguf")) is None
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"llama.rope.scale_linear": 4.0},
+        {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0},
+        {
+            "llama.rope.scaling.type": "yarn",
+            "llama.rope.scaling.factor": 4.0,
+            "llama.rope.scaling.original_context_length": 128,
+        },
+    ],
+)
+def test_own_linear_and_yarn_scaling_must_be_in_the_record(
+    gguf_file: Build, record: Record, tmp_path: Path, keys: dict[str, Any]
+) -> None:
+    source = gguf_file(keys=keys)
+    with pytest.raises(LossyTargetError, match=r"\(rope\.scaling, up to 4\).* compose them"):
+        patch_gguf(source, tmp_path / "new.gguf", record(short_factor=[1.0] * 8))
+    own = existing_factors(read_gguf_header(source))
+    assert own is not None
     composed = record(short_factor=own.tolist(), long_factor=(own * 4).tolist())
     assert patch_gguf(source, tmp_path / "new.gguf", composed) == []
     assert existing_factors(read_gguf_header(tmp_path / "new.gguf")) is None

@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from longrope_export.cli.main import cli, main
+from longrope_export.cli.verify import print_report
 from longrope_export.converters import verify as verification
 from longrope_export.converters.discrimination import judge
 from longrope_export.converters.gguf.patch import patch_gguf
@@ -21,7 +22,7 @@ from longrope_export.converters.hypotheses import all_ones, alternatives, swappe
 from longrope_export.converters.prefix_plan import Limits, plan_folder, plan_gguf
 from longrope_export.converters.probe import write_probe
 from longrope_export.converters.prompts import prompt_ids, random_ids, standard_library_text
-from longrope_export.converters.verify import verify
+from longrope_export.converters.verify import VerificationReport, verify
 from longrope_export.errors import InputFileError, LongRopeError, RuntimeFailure, TextTooShortError
 from longrope_export.formats.gguf_header import read_gguf_header
 from longrope_export.formats.gguf_tensors import read_raw
@@ -316,6 +317,13 @@ def test_the_command(good: Path, plain: dict[str, Path], tmp_path: Path) -> None
     assert "FAIL" in failed.stdout
     assert "long and short sets exchanged" in " ".join(failed.stdout.split())
     assert "first blocks only" in failed.stdout
+
+
+def test_a_path_that_looks_like_markup_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    print_report(VerificationReport("a[bold]b.gguf", "cannot tell", (), ("[red]c\x1b",), False, {}, 1.0))
+    text = capsys.readouterr().out
+    assert "CANNOT TELL: a[bold]b.gguf" in text
+    assert "[red]c\\x1b" in text
 
 
 def test_the_command_says_in_one_line_what_is_wrong(plain: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:

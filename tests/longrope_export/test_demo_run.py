@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from longrope_export.cli.demo import demo
-from longrope_export.demo_run import DemoOptions, DemoResult, run_demo
+from longrope_export.demo_run import SEARCHED, SEARCHED_HF, DemoOptions, DemoResult, run_demo
 from longrope_export.files import check_manifest
 from longrope_export.formats.records import read_scaling
 
@@ -33,7 +34,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> DemoResult:
 def test_the_table_has_every_row_and_length(result: DemoResult) -> None:
     table = result.comparison
     assert [row.name.split(" (")[0] for row in table.rows] == [
-        "unchanged", "PI", "NTK", "YaRN", "Algorithm 1", "searched",
+        "unchanged", "PI", "NTK", "YaRN", "Algorithm 1", SEARCHED, SEARCHED_HF,
     ]  # fmt: skip
     assert table.lengths == (256, 512, 1024, 2048)
     assert len(table.documents) == 3
@@ -44,6 +45,10 @@ def test_the_extension_works_where_the_model_alone_fails(result: DemoResult) -> 
     assert table.perplexity("searched", 2048) < 0.6 * table.perplexity("unchanged", 2048)
     assert table.perplexity("searched", 2048) < table.perplexity("NTK", 2048)
     assert table.short_perplexity("searched") <= 1.01 * table.short_perplexity("unchanged")
+    free = next(row.scaling for row in table.rows if row.name == SEARCHED_HF)
+    assert free is not None
+    assert free.long_attention_factor != free.short_attention_factor == 1.0
+    assert result.scaling.long_attention_factor == result.scaling.short_attention_factor == 1.0
     assert result.passkey["unchanged"][256] == 1.0
     assert result.passkey["unchanged"][2048] == 0.0
     assert result.passkey["YaRN"][2048] == 1.0
@@ -87,3 +92,12 @@ def test_an_output_in_the_way_is_refused_before_any_work(tmp_path: Path) -> None
 def test_the_command_has_an_option_for_every_size() -> None:
     names = {option.name for option in demo.params}
     assert {"out", "gradient_budget", "evolution_budget", "report_documents", "passkeys", "seed", "as_json"} <= names
+
+
+@pytest.mark.parametrize("option", ["gradient-budget", "evolution-budget", "report-documents", "passkeys"])
+def test_sizes_below_one_and_negative_seeds_are_usage_errors(option: str, tmp_path: Path) -> None:
+    for arguments in ([f"--{option}", "0"], ["--seed", "-1"]):
+        result = CliRunner().invoke(demo, [*arguments, "--out", str(tmp_path / "out")])
+        assert result.exit_code == 2
+        assert arguments[0] in result.output
+    assert not (tmp_path / "out").exists()

@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 
 from longrope_export.cli.extend import extend
 from longrope_export.cli.main import main
+from longrope_export.demo import demo_model_path
 from longrope_export.files import check_manifest
 from longrope_export.formats.gguf_header import read_gguf_header
 from longrope_export.formats.gguf_tensors import read_raw
@@ -132,6 +133,26 @@ def test_hf_folder_output(tiny_llama: Path, tmp_path: Path) -> None:
     assert json.loads((target / "config.json").read_text())["max_position_embeddings"] == 128
 
 
+def test_a_gguf_name_gives_a_file_from_a_folder_too(tmp_path: Path) -> None:
+    result = run(demo_model_path(), "--to", "4x", "--method", "yarn", "--out", tmp_path / "a.gguf")
+    assert result.exit_code == 0, result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["a.gguf"]
+    assert read_gguf_header(tmp_path / "a.gguf").get("llama.context_length") == 1024
+
+
+def test_a_second_extension_starts_from_the_extended_window(smollm2: Path, tmp_path: Path) -> None:
+    """One set for all lengths leaves no shorter window to start from: 2x of 16,384 is 32,768, and their factors
+    multiply.
+    """
+    first, second = tmp_path / "a.gguf", tmp_path / "b.gguf"
+    assert run(smollm2, "--to", "2x", "--method", "pi", "--out", first).exit_code == 0
+    result = run(first, "--to", "2x", "--method", "pi", "--out", second)
+    assert "window 16384 → 32768" in result.output
+    record = read_scaling(second)
+    assert (record.original_max_position_embeddings, record.max_position_embeddings) == (16384, 32768)
+    assert set(record.long_factor) == {4.0}
+
+
 def test_json_holds_the_whole_result(smollm2: Path, tmp_path: Path) -> None:
     result = json.loads(run(smollm2, "--to", "4x", "--method", "yarn", "--out", tmp_path / "a.gguf", "--json").stdout)
     assert (result["window"], result["target"], result["method"]) == (8192, 32768, "yarn")
@@ -161,7 +182,11 @@ def test_existing_output_is_kept_unless_overwrite(
         (["--to", "4x", "--method", "nothing"], "there is no method 'nothing'"),
         (["--to", "4x", "--method", "abf"], "abf needs the new base"),
         (["--to", "4x", "--method", "yarn", "--option", "beta=1"], "yarn has no option beta"),
+        (["--to", "4x", "--method", "yarn", "--option", "attention_factor=2"], "yarn has no option attention_factor"),
+        (["--to", "4x", "--method", "yarn", "--option", "rope_theta=5"], "yarn has no option rope_theta"),
         (["--to", "4x", "--method", "yarn", "--attention-factor", "0"], "attention_factor is 0"),
+        (["--to", "3000000m", "--method", "yarn"], "3,145,728,000,000 tokens; at most 2,147,483,647"),
+        (["--to", "999999999999999999x", "--method", "yarn"], "at most 2,147,483,647"),
     ],
 )
 def test_wrong_input_is_one_line(
@@ -187,6 +212,8 @@ def test_a_file_that_is_not_a_model_is_one_line(tmp_path: Path, capsys: pytest.C
         (["--method", "yarn", "--budget", "1h"], "--budget belongs to a search"),
         (["--data", "x", "--option", "a=1"], "--option belongs to --method"),
         (["--method", "yarn", "--option", "a"], "write NAME=VALUE"),
+        (["--method", "yarn", "--hf", "--out", "a.gguf"], "a.gguf is the name of a GGUF file; name a folder"),
+        (["--method", "yarn", "--to", "9" * 5000], "is not a length"),
     ],
 )
 def test_contradicting_options_are_usage_errors(smollm2: Path, arguments: list[str], message: str) -> None:

@@ -79,6 +79,15 @@ def test_full_disk_is_one_clear_line_and_leaves_nothing(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
+def test_names_of_any_allowed_length(tmp_path: Path) -> None:
+    write_text(tmp_path / ("a" * 255), "1")
+    assert names(tmp_path) == ["a" * 255]
+    with pytest.raises(OutputError, match="was not written: File name too long"):
+        write_text(tmp_path / ("a" * 256), "1")
+    with pytest.raises(OutputError, match="was not written: File name too long"), atomic_folder(tmp_path / ("a" * 256)):
+        pass
+
+
 def test_folder_is_complete_with_its_manifest(tmp_path: Path) -> None:
     target = tmp_path / "model"
     with atomic_folder(target) as folder:

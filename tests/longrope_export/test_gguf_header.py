@@ -198,6 +198,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "key bytes": (gguf([entry(b"\xff", 0, b"\0")], []), "not UTF-8"),
     "string length": (gguf([entry("k", STRING, struct.pack("<Q", HUGE))], []), "truncated"),
     "long string": (gguf([entry("k", STRING, text("x" * ((1 << 26) + 1)))], []), "67,108,865 bytes"),
+    "long text": (gguf([entry("k", STRING, text("x" * (1 << 21)))], []), "too many bytes for a file of this size"),
     "value type": (gguf([entry("k", 13, bytes(8))], []), "unknown value type 13"),
     "element type": (gguf([array("k", 13, 1, bytes(8))], []), "unknown element type 13"),
     "nested array": (gguf([array("k", ARRAY, 1, bytes(12))], []), "nested"),

@@ -238,7 +238,7 @@ def test_paths_that_are_no_models(tmp_path: Path, tiny_llama: Path) -> None:
         load(tmp_path)
     text = tmp_path / "notes.txt"
     text.write_text("hello")
-    with pytest.raises(InputFileError, match="neither a GGUF"):
+    with pytest.raises(InputFileError, match=r"notes\.txt .*GGUF"):
         load(text)
     adapter = copied(tiny_llama, tmp_path / "adapter")
     (adapter / "adapter_config.json").write_text("{}")
@@ -389,8 +389,8 @@ def test_gguf_with_linear_scaling(llama: Any, tiny_llama: Path, tmp_path: Path) 
 
 
 def test_gguf_architectures_that_transformers_cannot_import(llama: Any, tmp_path: Path) -> None:
-    close(write_gguf(llama, tmp_path / "model.gguf", architecture="granite"))
-    with pytest.raises(UnsupportedModelError, match=r"granite.*cannot import"):
+    close(write_gguf(llama, tmp_path / "model.gguf", architecture="internlm2"))
+    with pytest.raises(UnsupportedModelError, match=r"internlm2.*cannot import"):
         load(tmp_path / "model.gguf", RECORD)
 
 

@@ -51,8 +51,25 @@ def test_a_missing_optional_package_names_its_extra(
     assert "pip install 'longrope-export[model]'" in text
 
 
+def test_what_the_system_refuses_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = PermissionError(13, "Permission denied", "secret\x1b/model.gguf")
+    expected = (1, "longrope: secret\\x1b/model.gguf: Permission denied\n")
+    assert outcome(capsys, error, monkeypatch) == expected
+    with pytest.raises(SystemExit) as exit_info:
+        monkeypatch.undo()
+        edge.main(["describe", "x" * 400])
+    assert exit_info.value.code == 1
+    assert capsys.readouterr().err.endswith(": File name too long\n")
+
+
 def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for bug in (ZeroDivisionError("bug"), ModuleNotFoundError("ours", name="longrope_export.nothing")):
+    for bug in (
+        ZeroDivisionError("bug"),
+        OSError("without a number"),
+        ModuleNotFoundError("ours", name="longrope_export.nothing"),
+    ):
         with pytest.raises(type(bug)):
             outcome(capsys, bug, monkeypatch)
 

@@ -233,7 +233,7 @@ def test_attention_factor_can_be_set_for_any_method() -> None:
     ("name", "options", "message"),
     [
         ("linear", {}, "no method 'linear'; choose one of pi, ntk"),
-        ("pi", {"beta_fast": 3}, "pi has no option beta_fast; its options: none"),
+        ("pi", {"beta_fast": 3}, "pi has no option beta_fast; its options: resonance"),
         ("yarn", {"betafast": 3}, "its options: beta_fast, beta_slow, truncate"),
         ("yarn", {"beta_fast": 0.5}, "beta_slow"),
         ("yarn", {"beta_slow": 0.0}, "beta_slow"),

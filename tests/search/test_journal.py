@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from full_disk import can_mount, on_small_disk
 
 from longrope_export.errors import InputFileError, OutputError, StaleStateError
 from longrope_export.search.evaluator import Evaluator
@@ -169,3 +170,32 @@ def test_mean_losses_are_of_the_first_documents_asked_for() -> None:
     candidates = [Candidate((1.0, 2.0)), Candidate((1.0, 5.0))]
     assert evaluator.mean_losses(candidates, SEARCH) == [3.0, 6.0]
     assert evaluator.mean_losses(candidates, SEARCH, 1) == [2.0, 5.0]
+
+
+_FILLING = """
+from longrope_export.errors import OutputError
+from longrope_export.search.journal import Journal
+from longrope_export.search.protocol import Outcome, Trial
+from longrope_export.search.space import Candidate
+
+appended = 0
+try:
+    with Journal(disk / "journal.jsonl") as journal:
+        journal.begin({"model": "abc"})
+        while True:
+            journal.append(appended, Trial(Candidate((1.0, 2.0)), "search", 0), Outcome(1.5), 1.0)
+            appended += 1
+except OutputError as error:
+    print(error)
+with Journal(disk / "journal.jsonl") as journal:
+    print(sorted(journal.entries) == list(range(appended)), appended > 10)
+"""
+
+
+def test_a_full_disk_keeps_every_loss_that_was_appended(tmp_path: Path) -> None:
+    done = on_small_disk(tmp_path, 16 * 1024, script=_FILLING)
+    assert (done.code, done.errors, done.left) == (0, [], ["journal.jsonl"])
+    message, outcome = done.printed.splitlines()
+    assert message.endswith("what it holds is kept: run again")
+    assert ("No space left on device" if can_mount() else "File too large") in message
+    assert outcome == "True True"

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from longrope_export.errors import UnsupportedModelError
 from longrope_export.rotary import rotary_module
-from longrope_export.search.objective import CHUNK, ModelObjective, activation_bytes
+from longrope_export.search.memory import CHUNK, activation_bytes, memory_plan
+from longrope_export.search.objective import ModelObjective
 from longrope_export.search.protocol import Trial
 from longrope_export.search.space import Candidate, RopeNumbers, closed_form
 
@@ -122,11 +123,37 @@ def test_recomputing_layers_changes_nothing_but_memory(tiny: Any) -> None:
     assert saved[1] < 0.5 * saved[0]
 
 
+def test_attention_is_not_computed_again_with_the_layers(tiny: Any) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = str(function)
+            Count.calls += name.startswith("aten._scaled_dot_product") and "backward" not in name
+            return function(*args, **(kwargs or {}))
+
+    objective = ModelObjective(tiny.model, tiny.numbers, {"search": tiny.rows}, recompute=True)
+    with Count():
+        objective.measure(Trial(Candidate(LONG), "search", 0, gradient=True))
+    objective.close()
+    assert Count.calls == len(tiny.model.model.layers)
+
+
 def test_recomputing_is_chosen_by_the_memory_it_saves(tiny: Any) -> None:
     assert not ModelObjective(tiny.model, tiny.numbers, {"search": tiny.rows}).recompute
     assert activation_bytes(tiny.model, 128) == 2 * 128 * (16 * 64 + 4 * 128) * 4
     long = [np.zeros(1_000_000, dtype=np.int64)]
     assert ModelObjective(tiny.model, tiny.numbers, {"search": long}).recompute
+
+
+def test_the_memory_plan_is_of_weights_and_passes(tiny: Any) -> None:
+    kept, recomputed = (memory_plan(tiny.model, 100_000, recompute=each) for each in (False, True))
+    assert kept.weights == {"cpu": sum(weight.numel() for weight in tiny.model.parameters()) * 4}
+    assert kept.gradient > activation_bytes(tiny.model, 100_000) > recomputed.evaluation
+    assert kept.evaluation == recomputed.evaluation < memory_plan(tiny.model, 200_000, recompute=True).evaluation
+    assert recomputed.recomputed_layers
 
 
 def test_logits_of_the_whole_row_never_exist(tiny: Any) -> None:

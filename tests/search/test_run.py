@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -82,7 +83,7 @@ def _check_stops(
         lines = max(1, round(share * expected.count(b"\n")))
         code, stderr = _stop_after_lines(_command(*arguments), journal, lines, stop)
         assert code == (130 if stop == signal.SIGINT else -signal.SIGKILL)
-        assert not (stopped / "longrope.json").exists()
+        assert (stopped / "longrope.json").exists() == (stop == signal.SIGINT)
         assert journal.read_bytes().startswith(kept)
         kept = journal.read_bytes()
         kept = kept[: kept.rfind(b"\n") + 1]
@@ -90,6 +91,10 @@ def _check_stops(
         if stop == signal.SIGINT:
             assert "Traceback" not in stderr
             assert f"longrope search {tiny_folder} --to 4x" in stderr
+            assert "the best so far is in" in stderr
+            best = RopeScaling.from_json((stopped / "longrope.json").read_text())
+            assert best.provenance["complete"] is False
+            assert best.max_position_embeddings == 128
     assert _run(arguments).exit_code == 0
     assert journal.read_bytes().startswith(kept)
     assert (stopped / "longrope.json").read_bytes() == (whole / "longrope.json").read_bytes()
@@ -259,6 +264,24 @@ def test_the_thread_count(tiny_folder: Path, text: Path, tmp_path: Path) -> None
 
 OPTIONS: list[tuple[list[str], str, Any]] = [
     (["--strategy", "evolution"], "strategy", "evolution"),
+    (["--strategy", "critical-dim", "--optimiser", "cmaes"], "optimiser", "cmaes"),
+    (["--strategy", "critical-dim", "--critical-index", "3,5"], "critical_indices", (3, 5)),
+    (["--strategy", "critical-dim", "--learning-rate", "0.2"], "gradient.learning_rate", 0.2),
+    (["--strategy", "cmaes", "--sigma", "0.5"], "cmaes.sigma", 0.5),
+    (["--strategy", "cmaes", "--knots", "6"], "cmaes.knots", 6),
+    (["--strategy", "cmaes", "--population", "9"], "cmaes.population", 9),
+    (["--strategy", "cmaes", "--patience", "9"], "cmaes.patience", 9),
+    (["--strategy", "cmaes", "--constraint", "monotone"], "cmaes.constraint", "monotone"),
+    (["--strategy", "cmaes", "--no-race"], "race", False),
+    (["--strategy", "evolution", "--race"], "race", True),
+    (["--strategy", "evolution", "--paper-large"], "evolution.population", 32),
+    (["--strategy", "evolution", "--paper-large"], "documents", 3),
+    (["--objective", "needle"], "objective", "needle"),
+    (["--last-share", "0.5"], "last_share", 0.5),
+    (["--report-documents", "2"], "report_documents", 2),
+    (["--short-bound", "1.5"], "short_bound", 1.5),
+    (["--sets", "2x,3x"], "sets", ("2x", "3x")),
+    (["--sets-share", "0.2"], "sets_share", 0.2),
     (["--budget", "45m"], "budget", "45m"),
     (["--documents", "7"], "documents", 7),
     (["--validation-documents", "5"], "validation_documents", 5),
@@ -272,6 +295,8 @@ OPTIONS: list[tuple[list[str], str, Any]] = [
     (["--baselines", "yarn, ntk"], "baselines", ("yarn", "ntk")),
     (["--dtype", "bfloat16"], "dtype", "bfloat16"),
     (["--threads", "2"], "threads", 2),
+    (["--executor", "processes"], "executor", "processes"),
+    (["--workers", "3"], "workers", 3),
     (["--init", "x.json"], "init", Path("x.json")),
     (["--learn-attention"], "learn_attention", True),
     (["--no-learn-attention"], "learn_attention", False),
@@ -300,6 +325,7 @@ def _parsed(arguments: list[str]) -> SearchConfig:
     context = search.make_context("search", list(arguments))
     options = dict(context.params)
     assert options.pop("as_json") is False
+    assert options.pop("dry_run") is False
     return search_config(options)
 
 
@@ -320,17 +346,77 @@ def test_every_option_reaches_the_configuration(arguments: list[str], name: str,
 
 
 def test_the_table_above_holds_every_option() -> None:
-    always = {"--to", "--data", "--out", "--json"}
+    always = {"--to", "--data", "--out", "--json", "--dry-run"}
     options = {text for parameter in search.params if isinstance(parameter, click.Option)
                for text in (*parameter.opts, *parameter.secondary_opts)}  # fmt: skip
     assert options == always | {text for arguments, _, _ in OPTIONS for text in arguments if text.startswith("--")}
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--population", "8"], ["--strategy", "evolution", "--learning-rate", "1"], ["--start-tokens", "a"]]
-)
+    "arguments",
+    [["--population", "8"], ["--strategy", "evolution", "--learning-rate", "1"], ["--start-tokens", "a"],
+     ["--sigma", "0.1"], ["--optimiser", "cmaes"], ["--critical-index", "3"], ["--race"], ["--paper-large"],
+     ["--strategy", "cmaes", "--learning-rate", "1"], ["--strategy", "cmaes", "--iterations", "3"]],
+)  # fmt: skip
 def test_options_that_do_not_fit_are_usage_errors(arguments: list[str]) -> None:
     assert CliRunner().invoke(search, [*PLAIN, *arguments]).exit_code == 2
+
+
+def test_the_help_states_the_defaults_that_the_code_has() -> None:
+    default: Any = _parsed(PLAIN)
+    records = {"gradient": default.gradient, "cmaes": default.cmaes, "evolution": default.evolution}
+    checked = set()
+    for parameter in search.params:
+        stated = re.search(r"\[default: ([^\]]+)\]", getattr(parameter, "help", None) or "")
+        for kind, record in {"": default, **records}.items():
+            help_text = getattr(parameter, "help", "") or ""
+            if not stated or not hasattr(record, parameter.name or ""):
+                continue
+            if kind and kind not in help_text.partition(":")[0]:
+                continue
+            value = getattr(record, parameter.name or "")
+            if isinstance(value, int | float | str) and not isinstance(value, bool):
+                wanted = stated[1].split(";")[0].split(":")[0].split(",")[0]
+                assert wanted == str(value), parameter.name
+                checked.add(parameter.name)
+    assert {"learning_rate", "documents", "population", "sigma", "short_bound", "objective", "strategy"} <= checked
+    assert len(checked) > 25
+
+
+def test_a_dry_run_prints_plan_memory_and_time_and_writes_nothing(
+    tiny_folder: Path, text: Path, tmp_path: Path
+) -> None:
+    arguments = _arguments(tiny_folder, text, tmp_path / "out", *GRADIENT, "--dry-run")
+    shown = _run(arguments).stdout
+    value = json.loads(_run([*arguments, "--json"]).stdout)
+    assert not (tmp_path / "out").exists()
+    assert f"{value['plan']['steps']} steps" in shown
+    assert "expected time" in shown
+    weights = sum(path.stat().st_size for path in tiny_folder.glob("*.safetensors"))
+    assert sum(value["memory"]["weights"].values()) == pytest.approx(weights, rel=0.1)
+    assert value["seconds"] == pytest.approx(value["plan"]["units"] * value["timing"]["forward"], rel=2.0)
+    assert value["seconds"] > 0.0
+
+
+def test_a_needle_objective_from_files(tiny_folder: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = [
+        "--documents",
+        "1",
+        "--validation-documents",
+        "1",
+        "--budget",
+        "14",
+        "--threads",
+        "1",
+        "--short",
+        "original",
+    ]
+    result = _run([str(tiny_folder), "--to", "16x", "--data", str(text), "--out", str(out), *options,
+                   "--objective", "perplexity=3,needle=1", "--json"])  # fmt: skip
+    value = json.loads(result.stdout)
+    assert value["objective"] == "perplexity=3,needle=1"
+    assert any("exp of the objective" in note for note in value["notes"])
 
 
 class _Screen:

@@ -1,59 +1,23 @@
-"""The two strategies through their ask/tell protocol, on functions whose optimum is known."""
+"""Algorithm 1 and the descent through their ask/tell protocol, on functions whose optimum is known."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from bowl import DOCUMENTS, GOAL, NUMBERS, Bowl, LastFirst, serve
 
 from longrope_export.errors import NumericalError, ScalingError
-from longrope_export.search.evaluator import Evaluator
-from longrope_export.search.executors import InProcess
-from longrope_export.search.protocol import SEARCH, VALIDATION, Executor, Outcome, Strategy, Trial
-from longrope_export.search.space import Candidate, PaperSpace, RopeNumbers, closed_form
+from longrope_export.search.executors.local import InProcess
+from longrope_export.search.protocol import SEARCH, VALIDATION, Outcome, Trial
+from longrope_export.search.space import Candidate, PaperSpace, closed_form
 from longrope_export.search.strategies.evolution import Evolution, EvolutionOptions
-from longrope_export.search.strategies.gradient import Descent, GradientDescent, GradientOptions, isotonic
-
-NUMBERS = RopeNumbers(rope_theta=10000.0, rotary_dim=16, window=256, target=1024)
-GOAL = np.log([1.0, 1.0, 1.3, 2.0, 3.0, 4.0, 4.5, 4.2])
-GOAL_ATTENTION = math.log(1.1)
-DOCUMENTS = 3
-
-
-class Bowl:
-    """A quadratic in (log λ, log attention, n̂), shifted a little by the document."""
-
-    def measure(self, trial: Trial) -> Outcome:
-        offset = np.log(trial.candidate.factors) - GOAL - 0.01 * trial.document
-        attention = math.log(trial.candidate.attention_factor) - GOAL_ATTENTION
-        loss = float(offset @ offset) + attention**2 + 1e-4 * abs(trial.candidate.start_tokens - 16)
-        gradient = (*(2.0 * offset), 2.0 * attention)
-        return Outcome(loss, gradient if trial.gradient else None)
-
-
-class LastFirst:
-    """An executor whose results arrive in the opposite order."""
-
-    def run(self, trials: Sequence[Trial]) -> Iterator[tuple[int, Outcome]]:
-        for index in reversed(range(len(trials))):
-            yield index, Bowl().measure(trials[index])
-
-
-def _evaluator(executor: Executor | None = None, seen: list[Trial] | None = None) -> Evaluator:
-    sizes = {SEARCH: DOCUMENTS, VALIDATION: 2}
-    observer = (lambda trial, outcome, now: seen.append(trial)) if seen is not None else None
-    return Evaluator(executor or InProcess(Bowl()), sizes, observer=observer)
-
-
-def _run(strategy: Strategy, executor: Executor | None = None) -> list[Trial]:
-    seen: list[Trial] = []
-    _evaluator(executor, seen).run(strategy)
-    return seen
+from longrope_export.search.strategies.gradient import Descent, GradientDescent, GradientOptions
+from longrope_export.search.strategies.log_space import LogSpace
 
 
 def _evolution(evaluations: int = 10_000, seed: int = 0, space: PaperSpace | None = None, **options: Any) -> Evolution:
@@ -69,9 +33,10 @@ def _evolution(evaluations: int = 10_000, seed: int = 0, space: PaperSpace | Non
 def _descent(
     plan: Descent, seed: int = 0, start: Candidate | None = None, learn: bool = True, turns: float = 0.5, **options: Any
 ) -> GradientDescent:
+    chosen = GradientOptions(**options)
     return GradientDescent(
-        start or closed_form("pi", NUMBERS), GradientOptions(**options), plan, learn_attention=learn,
-        documents=DOCUMENTS, validation_documents=2, bound=4.2, turns=[turns] * 8,
+        start or closed_form("pi", NUMBERS), chosen, plan, LogSpace(8, 0, chosen.constraint, 4.2),
+        learn_attention=learn, documents=DOCUMENTS, validation_documents=2, turns=[turns] * 8,
         generator=np.random.default_rng(seed),
     )  # fmt: skip
 
@@ -86,7 +51,7 @@ def test_algorithm_1_in_full_costs_1344_evaluations_of_distinct_candidates() -> 
         PaperSpace(8, 5.0), [closed_form(name, NUMBERS) for name in ("pi", "ntk", "yarn")], EvolutionOptions(),
         documents=DOCUMENTS, evaluations=10_000, attention_factor=1.0, generator=np.random.default_rng(0),
     )  # fmt: skip
-    seen = _run(strategy)
+    seen = serve(strategy)
     assert len(seen) == 1344 * DOCUMENTS
     assert len({trial.candidate for trial in seen}) == 1344
     assert len(strategy.history) == 41
@@ -112,7 +77,7 @@ def test_trials_come_in_candidate_and_document_order() -> None:
 
 @pytest.mark.parametrize("build", [_evolution, lambda seed: _descent(Descent(12, 1, 2), seed)])
 def test_a_seed_gives_one_result_and_another_seed_another(build: Any) -> None:
-    first, again, other = (_run(build(seed=seed)) for seed in (0, 0, 1))
+    first, again, other = (serve(build(seed=seed)) for seed in (0, 0, 1))
     assert first == again
     assert first != other
 
@@ -120,13 +85,13 @@ def test_a_seed_gives_one_result_and_another_seed_another(build: Any) -> None:
 @pytest.mark.parametrize("build", [_evolution, lambda: _descent(Descent(12, 2, 2))])
 def test_the_result_does_not_depend_on_the_order_of_arrival(build: Any) -> None:
     in_order, reversed_order = build(), build()
-    _run(in_order)
-    _run(reversed_order, LastFirst())
+    serve(in_order)
+    serve(reversed_order, LastFirst())
     assert in_order.finalists() == reversed_order.finalists()
 
 
 def test_evolution_stops_at_its_budget_in_the_middle_of_a_generation() -> None:
-    assert len(_run(_evolution(evaluations=10))) == 10 * DOCUMENTS
+    assert len(serve(_evolution(evaluations=10))) == 10 * DOCUMENTS
 
 
 @pytest.mark.parametrize(
@@ -139,7 +104,7 @@ def test_evolution_stops_at_its_budget_in_the_middle_of_a_generation() -> None:
     ],
 )
 def test_the_sizes_of_algorithm_1(option: str, value: int, evaluations: int) -> None:
-    assert len(_run(_evolution(**{option: value}))) == evaluations * DOCUMENTS
+    assert len(serve(_evolution(**{option: value}))) == evaluations * DOCUMENTS
 
 
 @pytest.mark.parametrize(
@@ -153,15 +118,15 @@ def test_the_sizes_of_algorithm_1(option: str, value: int, evaluations: int) -> 
     ],
 )
 def test_other_options_of_evolution_change_what_is_proposed(change: dict[str, Any]) -> None:
-    assert [trial.candidate for trial in _run(_evolution(**change))] != [
-        trial.candidate for trial in _run(_evolution())
+    assert [trial.candidate for trial in serve(_evolution(**change))] != [
+        trial.candidate for trial in serve(_evolution())
     ]
 
 
 def test_evolution_gives_up_on_an_exhausted_grid() -> None:
     space = PaperSpace(8, 2.0, step=1.0, start_tokens=(0,))
     # Nine non-decreasing sequences of 1 and 2 exist.
-    assert 5 <= len({trial.candidate for trial in _run(_evolution(space=space, population=64))}) <= 9
+    assert 5 <= len({trial.candidate for trial in serve(_evolution(space=space, population=64))}) <= 9
 
 
 def test_evolution_ranks_a_candidate_without_a_finite_loss_last() -> None:
@@ -183,7 +148,7 @@ def test_evolution_s_options_are_checked(options: dict[str, Any]) -> None:
 
 def test_the_descent_reaches_the_optimum_and_learns_the_attention_factor() -> None:
     strategy = _descent(Descent(200, 1, 4))
-    _run(strategy)
+    serve(strategy)
     best = strategy.finalists()[0]
     assert _excess(best) < 0.05
     assert best.attention_factor == pytest.approx(1.1, abs=0.01)
@@ -193,18 +158,18 @@ def test_the_descent_reaches_the_optimum_and_learns_the_attention_factor() -> No
 def test_without_learning_the_attention_factor_stays() -> None:
     start = replace(closed_form("pi", NUMBERS), attention_factor=1.25, start_tokens=8)
     strategy = _descent(Descent(20, 1, 1), start=start, learn=False)
-    seen = _run(strategy)
+    seen = serve(strategy)
     assert {trial.candidate.attention_factor for trial in seen} == {1.25}
     assert {trial.candidate.start_tokens for trial in seen} == {8}
 
 
 def test_every_document_is_taken_before_one_is_taken_again() -> None:
-    seen = [trial for trial in _run(_descent(Descent(9, 1, 1))) if trial.gradient]
+    seen = [trial for trial in serve(_descent(Descent(9, 1, 1))) if trial.gradient]
     assert all({trial.document for trial in seen[start : start + 3]} == {0, 1, 2} for start in (0, 3, 6))
 
 
 def test_documents_per_step_and_checkpoints_are_the_plan_s() -> None:
-    seen = _run(_descent(Descent(10, 2, 5)))
+    seen = serve(_descent(Descent(10, 2, 5)))
     assert sum(trial.gradient for trial in seen) == 20
     assert sum(not trial.gradient for trial in seen) == 5 * 2
     assert {trial.part for trial in seen if not trial.gradient} == {VALIDATION}
@@ -217,14 +182,14 @@ def test_documents_per_step_and_checkpoints_are_the_plan_s() -> None:
 )  # fmt: skip
 def test_every_option_of_the_descent_changes_its_end(options: dict[str, Any]) -> None:
     plain, changed = _descent(Descent(60, 1, 1)), _descent(Descent(60, 1, 1), **options)
-    _run(plain)
-    _run(changed)
+    serve(plain)
+    serve(changed)
     assert plain.finalists()[0] != changed.finalists()[0]
 
 
 @pytest.mark.parametrize(("constraint", "bound"), [("monotone", None), ("paper", 4.2)])
 def test_constraints_hold_at_every_step(constraint: str, bound: float | None) -> None:
-    for trial in _run(_descent(Descent(60, 1, 3), constraint=constraint)):
+    for trial in serve(_descent(Descent(60, 1, 3), constraint=constraint)):
         factors = trial.candidate.factors
         assert list(factors) == sorted(factors)
         if bound:
@@ -234,7 +199,7 @@ def test_constraints_hold_at_every_step(constraint: str, bound: float | None) ->
 
 def test_without_a_constraint_the_optimum_may_fall_again() -> None:
     strategy = _descent(Descent(80, 1, 1))
-    _run(strategy)
+    serve(strategy)
     factors = strategy.finalists()[0].factors
     assert factors[-1] < factors[-2]
 
@@ -243,7 +208,7 @@ def test_without_a_constraint_the_optimum_may_fall_again() -> None:
 def test_fast_pairs_move_slower_in_proportion_to_their_turns(
     turns: float, full_rate_turns: float, share: float
 ) -> None:
-    seen = _run(_descent(Descent(2, 1, 1), turns=turns, full_rate_turns=full_rate_turns, trust_region=9.0))
+    seen = serve(_descent(Descent(2, 1, 1), turns=turns, full_rate_turns=full_rate_turns, trust_region=9.0))
     first, second = (np.log(trial.candidate.factors) for trial in seen[:2])
     assert np.abs(second - first).max() == pytest.approx(0.12 * share, rel=1e-4)
 
@@ -251,7 +216,7 @@ def test_fast_pairs_move_slower_in_proportion_to_their_turns(
 def test_no_factor_moves_further_than_the_trust_region() -> None:
     steps = [
         trial.candidate
-        for trial in _run(_descent(Descent(30, 1, 1), learning_rate=1.0, trust_region=0.03))
+        for trial in serve(_descent(Descent(30, 1, 1), learning_rate=1.0, trust_region=0.03))
         if trial.gradient
     ]
     moves = [np.abs(np.log(b.factors) - np.log(a.factors)).max() for a, b in itertools.pairwise(steps)]
@@ -261,8 +226,7 @@ def test_no_factor_moves_further_than_the_trust_region() -> None:
 class _Worsening(Bowl):
     """A descent whose validation losses only grow."""
 
-    def __init__(self) -> None:
-        self.validated = 0
+    validated = 0
 
     def measure(self, trial: Trial) -> Outcome:
         if trial.part != VALIDATION:
@@ -273,7 +237,7 @@ class _Worsening(Bowl):
 
 @pytest.mark.parametrize(("patience", "steps"), [(1, 20), (2, 30), (9, 100)])
 def test_the_descent_stops_after_checkpoints_that_are_not_better(patience: int, steps: int) -> None:
-    seen = _run(_descent(Descent(100, 1, 10), patience=patience), InProcess(_Worsening()))
+    seen = serve(_descent(Descent(100, 1, 10), patience=patience), InProcess(_Worsening()))
     assert sum(trial.gradient for trial in seen) == steps
 
 
@@ -295,11 +259,40 @@ def test_the_descent_s_options_are_checked(options: dict[str, Any]) -> None:
         GradientOptions(**options)
 
 
-def test_isotonic_is_the_nearest_monotone_sequence() -> None:
-    assert isotonic(np.array([1.0, 3.0, 2.0, 2.0, 5.0])).tolist() == pytest.approx([1.0, 7 / 3, 7 / 3, 7 / 3, 5.0])
-    values = np.random.default_rng(0).normal(size=6)
-    ours = isotonic(values)
-    assert (np.diff(ours) >= 0).all()
-    for _ in range(500):
-        other = np.sort(ours + np.random.default_rng(_).normal(size=6) * 0.1)
-        assert ((ours - values) ** 2).sum() <= ((other - values) ** 2).sum() + 1e-12
+def test_the_paper_s_sizes_beyond_512k() -> None:
+    large = EvolutionOptions().halved()
+    assert (large.population, large.mutations, large.crossovers, large.iterations, large.parents) == (32, 8, 8, 40, 32)
+    assert large.evaluations == 672
+
+
+def _raced(race: bool, hardness: tuple[float, ...] = (0.0, 5.0, 1.0, 9.0)) -> tuple[Evolution, list[Trial]]:
+    strategy = Evolution(
+        PaperSpace(8, 5.0), [closed_form(name, NUMBERS) for name in ("pi", "ntk", "yarn")],
+        EvolutionOptions(population=16, iterations=6, mutations=8, crossovers=4, parents=4),
+        documents=4, evaluations=10_000, attention_factor=1.1, generator=np.random.default_rng(0), race=race,
+    )  # fmt: skip
+    return strategy, serve(strategy, InProcess(Bowl(hardness=hardness)), {SEARCH: 4, VALIDATION: 2})
+
+
+def test_racing_measures_less_and_finds_the_same() -> None:
+    (whole, all_trials), (raced, fewer) = _raced(False), _raced(True)
+    assert raced.finalists() == whole.finalists()
+    assert raced.history == whole.history
+    assert len(fewer) < 0.75 * len(all_trials)
+    # The winner was measured on every document.
+    (winner,) = raced.finalists()
+    assert {trial.document for trial in fewer if trial.candidate == winner} == {0, 1, 2, 3}
+
+
+def test_what_racing_saves_is_spent_on_further_generations() -> None:
+    def iterations(race: bool) -> int:
+        strategy = Evolution(
+            PaperSpace(8, 5.0), [closed_form("yarn", NUMBERS)],
+            EvolutionOptions(population=8, iterations=50, mutations=4, crossovers=4, parents=2),
+            documents=4, evaluations=40, attention_factor=1.1, generator=np.random.default_rng(0), race=race,
+        )  # fmt: skip
+        seen = serve(strategy, InProcess(Bowl()), {SEARCH: 4, VALIDATION: 2})
+        assert 40 * 4 - 8 * 4 < len(seen) <= 40 * 4
+        return len(strategy.history)
+
+    assert iterations(True) > iterations(False) == 5

@@ -1,4 +1,4 @@
-"""Where trials run. One process for now; a pool or Ray is another class with the same one method."""
+"""Trials in this process, one after the other."""
 
 from __future__ import annotations
 
@@ -14,5 +14,6 @@ class InProcess:
         self._objective = objective
 
     def run(self, trials: Sequence[Trial]) -> Iterator[tuple[int, Outcome]]:
+        """(index, outcome) of every trial, in order."""
         for index, trial in enumerate(trials):
             yield index, self._objective.measure(trial)

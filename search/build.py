@@ -1,0 +1,102 @@
+"""The optimisers by name, each built from what one phase of a search gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from longrope_export.search.config import SearchConfig
+from longrope_export.search.evaluator import Evaluator
+from longrope_export.search.space import Candidate, PaperSpace, RopeNumbers
+from longrope_export.search.strategies.cmaes import CmaEs, Sampling
+from longrope_export.search.strategies.critical_dimension import CriticalIndexSearch, Recorded
+from longrope_export.search.strategies.evolution import Evolution, EvolutionOptions
+from longrope_export.search.strategies.gradient import Descent, GradientDescent
+from longrope_export.search.strategies.log_space import Constraint, LogSpace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """What one optimiser works on: where it starts, on which parts, how long, and how far λ may go.
+
+    `seeds` are Algorithm 1's; the others begin at `start`. `bound` is the largest λ of Algorithm 1 and of the constraint
+    "paper". `descent` and `evaluations` say how long it runs, whichever the optimiser counts. `seed` is for the
+    generator.
+    """
+
+    start: Candidate
+    seeds: Sequence[Candidate]
+    parts: tuple[str, str]
+    descent: Descent
+    evaluations: int
+    bound: float
+    learn_attention: bool
+    seed: Sequence[int]
+    evolution: EvolutionOptions
+    start_tokens: tuple[int, ...] = (0,)
+    critical: int = 0
+
+
+def build(evaluator: Evaluator, config: SearchConfig, numbers: RopeNumbers, phase: Phase) -> Recorded:
+    """The optimiser that `config.method` names."""
+    return OPTIMISERS[config.method](evaluator, config, numbers, phase)
+
+
+def build_index_search(arms: Mapping[int, Recorded], rounds: int, documents: int, part: str) -> Recorded:
+    """The search among several critical indices, or the one strategy where there is one index."""
+    return CriticalIndexSearch(arms, rounds, documents, part) if len(arms) > 1 else next(iter(arms.values()))
+
+
+def _gradient(evaluator: Evaluator, config: SearchConfig, numbers: RopeNumbers, phase: Phase) -> GradientDescent:
+    return GradientDescent(
+        phase.start,
+        config.gradient,
+        phase.descent,
+        _space(numbers, phase, config.gradient.constraint),
+        learn_attention=phase.learn_attention,
+        documents=evaluator.documents[phase.parts[0]],
+        validation_documents=evaluator.documents[phase.parts[1]],
+        turns=numbers.turns,
+        generator=np.random.default_rng(phase.seed),
+        parts=phase.parts,
+    )
+
+
+def _cmaes(evaluator: Evaluator, config: SearchConfig, numbers: RopeNumbers, phase: Phase) -> CmaEs:
+    return CmaEs(
+        phase.start,
+        config.cmaes,
+        Sampling(phase.evaluations, phase.descent.checkpoints),
+        _space(numbers, phase, config.cmaes.constraint),
+        learn_attention=phase.learn_attention,
+        documents=evaluator.documents[phase.parts[0]],
+        validation_documents=evaluator.documents[phase.parts[1]],
+        generator=np.random.default_rng(phase.seed),
+        race=bool(config.race),
+        parts=phase.parts,
+    )
+
+
+def _evolution(evaluator: Evaluator, config: SearchConfig, numbers: RopeNumbers, phase: Phase) -> Evolution:
+    return Evolution(
+        PaperSpace(numbers.pairs, phase.bound, config.step, phase.start_tokens),
+        phase.seeds,
+        phase.evolution,
+        documents=evaluator.documents[phase.parts[0]],
+        evaluations=phase.evaluations,
+        attention_factor=phase.start.attention_factor,
+        generator=np.random.default_rng(phase.seed),
+        part=phase.parts[0],
+        race=bool(config.race),
+    )
+
+
+def _space(numbers: RopeNumbers, phase: Phase, constraint: Constraint) -> LogSpace:
+    return LogSpace(numbers.pairs, phase.critical, constraint, phase.bound)
+
+
+OPTIMISERS: Mapping[str, Callable[[Evaluator, SearchConfig, RopeNumbers, Phase], Recorded]] = {
+    "gradient": _gradient, "evolution": _evolution, "cmaes": _cmaes
+}  # fmt: skip

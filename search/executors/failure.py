@@ -1,0 +1,49 @@
+"""What went wrong in a worker, carried to the process that asked and raised there as one clear line."""
+
+from __future__ import annotations
+
+import traceback
+from dataclasses import dataclass
+
+from longrope_export import errors
+from longrope_export.errors import LongRopeError, RuntimeFailure
+from longrope_export.search.protocol import Objective, Outcome, Trial
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An exception of a worker: its class's name, its message, its traceback."""
+
+    kind: str
+    message: str
+    trace: str
+
+    @classmethod
+    def of(cls, error: Exception) -> Failure:
+        """The failure that stands for `error`."""
+        return cls(type(error).__name__, str(error), "".join(traceback.format_exception(error)))
+
+    def error(self, doing: str) -> LongRopeError:
+        """A user's error as it was raised; a bug as a `RuntimeFailure` of one line, with the traceback as its cause."""
+        known = getattr(errors, self.kind, None)
+        if isinstance(known, type) and issubclass(known, LongRopeError):
+            return known(self.message)
+        summary = self.message.strip().splitlines()
+        failure = RuntimeFailure(f"a worker failed {doing}: {self.kind}: {summary[0] if summary else 'no message'}")
+        failure.__cause__ = RuntimeError(self.trace)
+        return failure
+
+
+def answer(objective: Objective, trial: Trial) -> Outcome | Failure:
+    """The outcome of a trial, or what went wrong: nothing is raised in a worker."""
+    try:
+        return objective.measure(trial)
+    except Exception as error:
+        return Failure.of(error)
+
+
+def opened(result: Outcome | Failure, trial: Trial) -> Outcome:
+    """The outcome; raises the error of a failure."""
+    if isinstance(result, Failure):
+        raise result.error(f"on document {trial.document + 1} of part {trial.part}")
+    return result

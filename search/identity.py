@@ -1,0 +1,69 @@
+"""What a search is, for its journal's first line: a resume that differs in one of these fields is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from longrope_export import __version__
+from longrope_export.search.config import SearchConfig
+from longrope_export.search.documents import Parts, documents_hash
+from longrope_export.search.space import Candidate, RopeNumbers
+
+
+def search_header(
+    engine: Mapping[str, Any],
+    numbers: RopeNumbers,
+    config: SearchConfig,
+    parts: Parts,
+    init: Candidate | None,
+    fingerprint: str,
+) -> dict[str, Any]:
+    """Model, data, options, seed, versions of a resolved `config`, and what its `engine` adds, JSON-ready."""
+    return {
+        "model": fingerprint,
+        "data": documents_hash(parts),
+        "window": numbers.window,
+        "target": numbers.target,
+        "strategy": config.strategy,
+        "seed": config.seed,
+        "configuration": config.to_header(),
+        "init": None if init is None else init.to_json(),
+        "versions": _versions(config),
+        **engine,
+    }
+
+
+def torch_engine(model: nn.Module) -> dict[str, Any]:
+    """Threads, device and dtype of a model that torch runs."""
+    weight = next(model.parameters())
+    return {
+        "threads": torch.get_num_threads(),
+        "device": _device(weight.device),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+    }
+
+
+def _versions(config: SearchConfig) -> Mapping[str, str]:
+    import transformers
+
+    versions = {
+        "longrope-export": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    if config.method == "cmaes":
+        import cmaes
+
+        versions["cmaes"] = cmaes.__version__
+    return versions
+
+
+def _device(device: torch.device) -> str:
+    # Other vector units round differently: a search continued on them would not end bit for bit the same.
+    if device.type == "cpu":
+        return f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

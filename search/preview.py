@@ -1,0 +1,92 @@
+"""What a search would do: its plan, its memory, and the time that follows from a measured probe."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from longrope_export.errors import LongRopeError
+from longrope_export.search.config import LLAMACPP, SearchConfig
+from longrope_export.search.factors import new_plan, search_parts
+from longrope_export.search.memory import MemoryPlan, memory_plan
+from longrope_export.search.objective import ModelObjective
+from longrope_export.search.plan import Plan, Timing, expected_seconds
+from longrope_export.search.probe import probe
+from longrope_export.search.progress import duration
+from longrope_export.search.run import opened
+
+
+@dataclass(frozen=True)
+class SearchPreview:
+    """The resolved plan of a search that is not run; `seconds` is all of it at the measured pace."""
+
+    config: SearchConfig
+    window: int
+    target: int
+    plan: Plan
+    timing: Timing
+    seconds: float
+    memory: MemoryPlan
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return {
+            "configuration": self.config.to_header(),
+            "window": self.window,
+            "target": self.target,
+            "plan": self.plan.to_json(),
+            "timing": asdict(self.timing),
+            "seconds": self.seconds,
+            "memory": self.memory.to_dict(),
+        }
+
+    def lines(self) -> list[str]:
+        """For people."""
+        plan, config, memory = self.plan, self.config, self.memory
+        layers = ", layers recomputed" if memory.recomputed_layers else ""
+        weights = " + ".join(f"{_size(size)} on {device}" for device, size in memory.weights.items())
+        return [
+            f"{self.window:,} → {self.target:,} tokens: {config.strategy} on {config.documents} documents, objective "
+            f"{config.objective}",
+            f"plan: {_work(plan, config)}",
+            f"memory: weights {weights}; an evaluation {_size(memory.evaluation)} more, "
+            f"a gradient {_size(memory.gradient)}{layers} (estimates)",
+            f"one forward pass {self.timing.forward:.2f} s, one gradient {self.timing.gradient:.2f} s",
+            f"expected time: {duration(self.seconds)}",
+        ]
+
+
+def preview_search(config: SearchConfig) -> SearchPreview:
+    """Load the model, time short passes, and plan; nothing is written. Raises what `run_search` raises before it."""
+    if config.engine == LLAMACPP:
+        raise LongRopeError("--dry-run measures with torch; leave llamacpp out of --objective to see the plan")
+    with opened(config) as inputs:
+        numbers = inputs.numbers
+        resolved = config.resolve(numbers, inputs.kind)
+        bos = getattr(inputs.model.config, "bos_token_id", None)
+        parts = search_parts(inputs.rows, numbers, resolved, bos, inputs.tokenizer)
+        objective = ModelObjective(inputs.model, numbers, parts)
+        try:
+            timing = probe(objective, numbers, resolved.method == "gradient")
+            plan = new_plan(objective, numbers, resolved, parts, timing)
+            memory = memory_plan(inputs.model, numbers.target, recompute=objective.recompute)
+        finally:
+            objective.close()
+    seconds = expected_seconds(resolved, plan, timing, resolved.mixture.passes(numbers.scale))
+    return SearchPreview(resolved, numbers.window, numbers.target, plan, timing, seconds, memory)
+
+
+def _work(plan: Plan, config: SearchConfig) -> str:
+    if config.method == "gradient":
+        work = f"{plan.steps} steps on {plan.documents_per_step} documents each"
+    else:
+        work = f"{plan.evaluations} evaluations"
+    indices = config.critical_indices or ()
+    arms = f", for the best of the critical indices {', '.join(map(str, indices))}" if indices else ""
+    short = f"; short set: {plan.short_steps} steps" if plan.short_steps else ""
+    short = f"; short set: {plan.short_evaluations} evaluations" if plan.short_evaluations else short
+    return f"{work}{arms}{short}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"

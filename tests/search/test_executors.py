@@ -1,0 +1,218 @@
+"""Executors: the same outcomes as in one process, workers that die, fail, and go away."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toy_objective import ToySource, toy_outcome
+
+from longrope_export.errors import InputFileError, MissingDependencyError, RuntimeFailure
+from longrope_export.search.executors import InProcess, Processes, RayWorkers
+from longrope_export.search.protocol import SEARCH, Outcome, Trial
+from longrope_export.search.space import Candidate
+
+HELPERS = Path(__file__).resolve().parents[1] / "helpers"
+KINDS = pytest.mark.parametrize("kind", ["processes", "ray"])
+
+
+@pytest.fixture(scope="module")
+def ray_here() -> Iterator[None]:
+    """A local Ray with two CPUs, started once; its workers find the helpers."""
+    import ray
+
+    before = {name: os.environ.get(name) for name in ("PYTHONPATH", "RAY_AUTH_MODE", "RAY_USAGE_STATS_ENABLED")}
+    os.environ.update(PYTHONPATH=str(HELPERS), RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="warning")
+    yield
+    ray.shutdown()
+    for name, value in before.items():
+        os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+
+
+@pytest.fixture
+def start(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """`start(kind, source, workers=2)`: an executor that is closed at the end."""
+    started: list[Any] = []
+
+    def begin(kind: str, source: ToySource, workers: int = 2) -> Any:
+        if kind == "ray":
+            request.getfixturevalue("ray_here")
+        started.append((RayWorkers if kind == "ray" else Processes)(source, workers))
+        return started[-1]
+
+    yield begin
+    for executor in started:
+        executor.close()
+
+
+def _trials(documents: int, gradient: bool = False) -> list[Trial]:
+    candidates = [Candidate((1.0, 2.0)), Candidate((1.5, 3.0))]
+    return [Trial(each, SEARCH, document, gradient) for each in candidates for document in range(documents)]
+
+
+def _in_order(executor: Any, trials: list[Trial]) -> list[Outcome]:
+    found = dict(executor.run(trials))
+    return [found[index] for index in range(len(trials))]
+
+
+def _opened(folder: Path) -> list[int]:
+    """The process of every opening of the objective."""
+    return [int(path.name.split("-")[1]) for path in folder.glob("opened-*")]
+
+
+def _workers(folder: Path) -> set[str]:
+    return {path.name.split("-")[2] for path in folder.glob("began-*")}
+
+
+@KINDS
+def test_outcomes_are_those_of_one_process(start: Any, tmp_path: Path, kind: str) -> None:
+    trials, source = [*_trials(2), *_trials(1, gradient=True)], ToySource(tmp_path, seconds=0.02)
+    with source.open() as objective:
+        expected = _in_order(InProcess(objective), trials)
+    executor = start(kind, source)
+    assert _in_order(executor, trials) == expected
+    assert _in_order(executor, trials[:1]) == expected[:1]
+    assert len(set(expected)) == 6
+    assert len(_opened(tmp_path)) == len(set(_opened(tmp_path)))
+    assert len(_workers(tmp_path) - {str(os.getpid())}) > 0
+
+
+def test_a_free_worker_gets_the_next_trial(start: Any, tmp_path: Path) -> None:
+    trials = _trials(6)[:6]
+    arrived = [index for index, _ in start("processes", ToySource(tmp_path, slow_first=1.0)).run(trials)]
+    assert arrived[-1] == 0
+    assert sorted(arrived) == list(range(6))
+    assert len(_workers(tmp_path)) == 2
+
+
+@KINDS
+def test_a_killed_worker_s_trial_is_done_again(start: Any, tmp_path: Path, kind: str, caplog: Any) -> None:
+    trials = _trials(4)[:4]
+    assert _in_order(start(kind, ToySource(tmp_path, kills=2)), trials) == [toy_outcome(trial) for trial in trials]
+    assert len(list(tmp_path.glob("began-2-*"))) == 2
+    assert len(list(tmp_path.glob("began-*"))) == 5
+    if kind == "processes":
+        assert "SIGKILL" in caplog.text
+
+
+@KINDS
+def test_a_trial_that_kills_every_worker_is_given_up(start: Any, tmp_path: Path, kind: str) -> None:
+    with pytest.raises(RuntimeFailure, match=r"document 2.*--workers") as caught:
+        _in_order(start(kind, ToySource(tmp_path, kills_always=1)), _trials(2)[:2])
+    assert "\n" not in str(caught.value)
+    assert len(list(tmp_path.glob("began-1-*"))) == 3
+
+
+def test_errors_of_a_worker_are_one_line(start: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputFileError, match=r"^document 1 is not there$"):
+        _in_order(start("processes", ToySource(tmp_path, user_error=1)), _trials(2))
+
+
+@KINDS
+def test_a_bug_in_a_worker_is_one_line_that_says_where(start: Any, tmp_path: Path, kind: str) -> None:
+    with pytest.raises(RuntimeFailure) as caught:
+        _in_order(start(kind, ToySource(tmp_path, bug=1)), _trials(2))
+    assert str(caught.value) == "a worker failed on document 2 of part search: ZeroDivisionError: division by zero"
+    assert "toy_objective.py" in str(caught.value.__cause__)
+
+
+@KINDS
+def test_a_model_that_does_not_open_is_the_user_s_error(start: Any, tmp_path: Path, kind: str) -> None:
+    with pytest.raises(InputFileError, match=r"^model.gguf is not there$"):
+        _in_order(start(kind, ToySource(tmp_path, no_model="error")), _trials(2))
+
+
+def test_a_model_that_kills_its_workers_is_given_up(start: Any, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeFailure, match="3 workers died while loading the model"):
+        _in_order(start("processes", ToySource(tmp_path, no_model="dies"), 1), _trials(2))
+
+
+def test_a_worker_killed_while_idle_is_replaced(start: Any, tmp_path: Path) -> None:
+    trials, executor = _trials(2), start("processes", ToySource(tmp_path))
+    expected = [toy_outcome(trial) for trial in trials]
+    assert _in_order(executor, trials) == expected
+    for pid in _opened(tmp_path):
+        os.kill(pid, signal.SIGKILL)
+    assert _in_order(executor, trials) == expected
+
+
+def test_what_an_abandoned_round_still_measures_is_dropped(start: Any, tmp_path: Path) -> None:
+    trials, executor = _trials(4)[:4], start("processes", ToySource(tmp_path, seconds=0.3))
+    next(executor.run(trials))
+    other = [Trial(Candidate((9.0, 9.0)), SEARCH, document) for document in range(4)]
+    assert _in_order(executor, other) == [toy_outcome(trial) for trial in other]
+
+
+def test_close_lets_idle_workers_finish_and_stops_busy_ones(tmp_path: Path) -> None:
+    source = ToySource(tmp_path, slow_first=60.0)
+    with Processes(source, 2) as executor:
+        run = executor.run(_trials(2)[:2])
+        assert next(run)[0] == 1
+        started = time.monotonic()
+    assert time.monotonic() - started < 10
+    assert len(_opened(tmp_path)) == 2
+    assert len(list(tmp_path.glob("closed-*"))) == 1
+    assert not any(map(_alive, _opened(tmp_path)))
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+OWNER = """
+import sys
+from pathlib import Path
+from toy_objective import ToySource
+from longrope_export.search.executors import Processes
+from longrope_export.search.protocol import SEARCH, Trial
+from longrope_export.search.space import Candidate
+if __name__ == "__main__":
+    try:
+        with Processes(ToySource(Path(sys.argv[1]), seconds=60, slow_first=60), 2) as executor:
+            list(executor.run([Trial(Candidate((1.0,)), SEARCH, document) for document in range(4)]))
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL")
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+def test_workers_leave_with_their_owner(tmp_path: Path, stop: int) -> None:
+    script, folder = tmp_path / "owner.py", tmp_path / "notes"
+    folder.mkdir()
+    script.write_text(OWNER)
+    environment = {**os.environ, "PYTHONPATH": str(HELPERS)}
+    command = [sys.executable, str(script), str(folder)]
+    owner = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob("began-*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    # Ctrl-C of a terminal goes to every process of the group.
+    (os.killpg if stop == signal.SIGINT else os.kill)(owner.pid, stop)
+    _, stderr = owner.communicate(timeout=60)
+    assert owner.returncode == (130 if stop == signal.SIGINT else -signal.SIGKILL)
+    assert stderr == ("stopped\n" if stop == signal.SIGINT else "")
+    pids = _opened(folder)
+    assert len(pids) == 2
+    while any(map(_alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(map(_alive, pids))
+
+
+def test_a_missing_ray_is_one_line_that_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingDependencyError, match=r"^[^\n]*pip install 'longrope-export\[ray\]'$"):
+        RayWorkers(ToySource(tmp_path), 2)

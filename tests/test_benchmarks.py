@@ -1,0 +1,52 @@
+"""What the benchmarks make of their measurements: rounds in turn, ratios of best times, and bounds that fail."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def common(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import common
+
+    return common
+
+
+@pytest.fixture
+def perplexity_cost(common: ModuleType) -> Any:
+    import perplexity_cost
+
+    return perplexity_cost
+
+
+def test_every_run_is_first_in_turn(common: Any) -> None:
+    order: list[str] = []
+    runs = {name: lambda name=name: order.append(name) for name in "abc"}
+    clock = iter(range(100))
+    seconds = common.alternating_seconds(runs, 4, clock=lambda: float(next(clock)))
+    assert "".join(order) == "abc" + "bca" + "cab" + "abc"
+    assert seconds == {name: [1.0] * 4 for name in "abc"}
+
+
+def test_ratios_of_the_best_times_and_their_spread(common: Any) -> None:
+    seconds = {"ours": [3.0, 2.1, 8.0], "stock": [2.0, 2.1, 2.0]}
+    assert common.best_ratio(seconds, "ours", "stock") == pytest.approx(1.05)
+    assert common.ratio_spread(seconds, "ours", "stock") == (1.0, 1.5, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "exceeded"), [([2.08, 9.0], False), ([2.5, 2.11], True), ([1.94, 9.0], False), ([9.0, 2.0], False)]
+)
+def test_the_bound_on_time_fails_where_either_ratio_is_above(
+    perplexity_cost: Any, capsys: pytest.CaptureFixture[str], evaluation: list[float], exceeded: bool
+) -> None:
+    seconds = {"all logits": [2.2, 2.05], "chunked logits": [2.0, 2.4], "evaluation": evaluation}
+    assert perplexity_cost.time_exceeded(seconds, 2048) is exceeded
+    assert f"evaluation / chunked logits: {min(evaluation) / 2.0:.3f}" in capsys.readouterr().out

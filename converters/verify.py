@@ -158,7 +158,7 @@ def _verify_gguf(file: Path, scaling: RopeScaling, options: Options) -> tuple[li
         ids = gguf_prompt(subject, plans, options)
         tables = [run_llamacpp(subject, plan, ids, options) for plan in plans]
         model = load(subject, scaling, switch="long", angles="float32")
-    tolerance = _tolerance(gguf_tolerance(file), options)
+    tolerance = _tolerance(gguf_tolerance(file, BLOCKS if options.probe else None), options)
     name = _name(file, options)
     results = [
         judge_regime(name, "llama.cpp", plan, table, model, scaling, ids, tolerance)
@@ -189,10 +189,12 @@ def _tolerance(own: Tolerance, options: Options) -> Tolerance:
     return own if options.bound is None else replace(own, bound=options.bound)
 
 
-def gguf_tolerance(file: Path) -> Tolerance:
-    """The tolerance of a GGUF by the types of its matrices."""
-    matrices = [info for info in read_gguf_header(file).tensors if len(info.shape) > 1]
-    return for_ggml_types(type_name(info.ggml_type) for info in matrices)
+def gguf_tolerance(file: Path, blocks: int | None = None) -> Tolerance:
+    """The tolerance of a GGUF by the types of its matrices and its number of blocks, or the first `blocks` of them."""
+    header = read_gguf_header(file)
+    matrices = [info for info in header.tensors if len(info.shape) > 1]
+    own = header.get(f"{header.get('general.architecture')}.block_count", 0)
+    return for_ggml_types((type_name(info.ggml_type) for info in matrices), blocks or int(own))
 
 
 def _inexpressible(scaling: RopeScaling) -> list[str]:

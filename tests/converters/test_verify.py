@@ -20,7 +20,7 @@ from longrope_export.converters.discrimination import judge
 from longrope_export.converters.gguf.patch import patch_gguf
 from longrope_export.converters.hypotheses import all_ones, alternatives, swapped
 from longrope_export.converters.prefix_plan import Limits, plan_folder, plan_gguf
-from longrope_export.converters.probe import write_probe
+from longrope_export.converters.probe import BLOCKS, write_probe
 from longrope_export.converters.prompts import prompt_ids, random_ids, standard_library_text
 from longrope_export.converters.verify import VerificationReport, verify
 from longrope_export.errors import InputFileError, LongRopeError, RuntimeFailure, TextTooShortError
@@ -421,9 +421,14 @@ def test_the_share_is_the_place_between_two_hypotheses() -> None:
 
 
 def test_the_widest_tolerance_of_a_file_counts() -> None:
-    assert for_ggml_types(["F32"]) == FLOAT32
-    assert for_ggml_types(["F32", "Q4_1"]) == EIGHT_BITS
-    assert for_ggml_types(["Q4_K", "F16"]).bound >= for_ggml_types(["F16"]).bound > FLOAT32.bound
+    assert for_ggml_types(["F32"], 2) == for_ggml_types(["F32"], 80) == FLOAT32
+    assert for_ggml_types(["F32", "Q4_1"], 2) == EIGHT_BITS
+    assert for_ggml_types(["Q4_K", "F16"], 2).bound >= for_ggml_types(["F16"], 2).bound > FLOAT32.bound
+
+
+def test_many_quantised_blocks_have_a_wider_bound_and_their_first_two_have_not(smollm2: Path) -> None:
+    assert verification.gguf_tolerance(smollm2, BLOCKS) == EIGHT_BITS
+    assert verification.gguf_tolerance(smollm2).bound == pytest.approx(1.5 * EIGHT_BITS.bound)
 
 
 # --- probe ------------------------------------------------------------------------------------------------------

@@ -41,12 +41,12 @@ def test_ratios_of_the_best_times_and_their_spread(common: Any) -> None:
     assert common.ratio_spread(seconds, "ours", "stock") == (1.0, 1.5, 4.0)
 
 
-@pytest.mark.parametrize(
-    ("evaluation", "exceeded"), [([2.08, 9.0], False), ([2.5, 2.11], True), ([1.94, 9.0], False), ([9.0, 2.0], False)]
-)
-def test_the_bound_on_time_fails_where_either_ratio_is_above(
-    perplexity_cost: Any, capsys: pytest.CaptureFixture[str], evaluation: list[float], exceeded: bool
+@pytest.mark.parametrize(("losses", "exceeded"), [(0.44, False), (0.49, False), (0.51, True)])
+def test_the_bound_on_time_fails_where_the_losses_cost_too_much(
+    perplexity_cost: Any, capsys: pytest.CaptureFixture[str], losses: float, exceeded: bool
 ) -> None:
-    seconds = {"all logits": [2.2, 2.05], "chunked logits": [2.0, 2.4], "evaluation": evaluation}
-    assert perplexity_cost.time_exceeded(seconds, 2048) is exceeded
-    assert f"evaluation / chunked logits: {min(evaluation) / 2.0:.3f}" in capsys.readouterr().out
+    seconds = {"body": [1.6, 1.7], "head 0": [0.2, 0.3], "head 1": [0.4, 0.2], "losses 0": [losses / 2, 9.0]}
+    best = perplexity_cost.best_parts({**seconds, "losses 1": [3.0, losses / 2], "evaluation": [2.2]})
+    assert best == pytest.approx({"body": 1.6, "head": 0.4, "losses": losses, "evaluation": 2.2})
+    assert perplexity_cost.time_exceeded(best, 2048) is exceeded
+    assert "the whole evaluation: 1.100" in capsys.readouterr().out

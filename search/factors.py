@@ -14,6 +14,7 @@ from torch import nn
 
 from longrope_export.errors import ScalingError
 from longrope_export.fingerprint import fingerprint_model
+from longrope_export.lengths import resolve_length
 from longrope_export.search.config import SearchConfig, parse_budget
 from longrope_export.search.documents import REPORT, SHORT_PIECES, Parts, split_rows, with_plain_losses
 from longrope_export.search.evaluator import Evaluator
@@ -21,7 +22,6 @@ from longrope_export.search.executors import InProcess
 from longrope_export.search.identity import search_header, torch_engine
 from longrope_export.search.initial import read_init
 from longrope_export.search.journal import PLAN, Journal
-from longrope_export.search.lengths import resolve_target
 from longrope_export.search.objective import ModelObjective
 from longrope_export.search.plan import Plan, Sizes, Timing, make_plan
 from longrope_export.search.probe import probe
@@ -165,7 +165,7 @@ def search_parts(
 
 def set_lengths(config: SearchConfig, numbers: RopeNumbers) -> tuple[int, ...]:
     """The lengths of `config.sets` in tokens, rising; raises `ScalingError` for one that is not between L and L'."""
-    lengths = sorted({resolve_target(text, numbers.window) for text in config.sets})
+    lengths = sorted({resolve_length(text, numbers.window) for text in config.sets})
     for length in lengths:
         if not numbers.window < length < numbers.target:
             raise ScalingError(

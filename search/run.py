@@ -16,6 +16,7 @@ from longrope_export.description import ModelDescription, describe
 from longrope_export.errors import LongRopeError, OutputError, UnsupportedModelError
 from longrope_export.files import write_text
 from longrope_export.fingerprint import fingerprint
+from longrope_export.lengths import resolve_length
 from longrope_export.search.config import LLAMACPP, SearchConfig
 from longrope_export.search.executors import InProcess
 from longrope_export.search.factors import (
@@ -30,7 +31,6 @@ from longrope_export.search.factors import (
     search_parts,
 )
 from longrope_export.search.identity import search_header
-from longrope_export.search.lengths import resolve_target
 from longrope_export.search.llamacpp_objective import Patcher
 from longrope_export.search.measuring import (
     JOURNAL,
@@ -175,7 +175,7 @@ def numbers_of(description: ModelDescription, target: str) -> RopeNumbers:
         rope_theta=description.rope_theta,
         rotary_dim=description.rotary_dim,
         window=description.window,
-        target=resolve_target(target, description.window),
+        target=resolve_length(target, description.window),
         base_factors=description.existing_factors or (),
         base_attention_factor=description.existing_attention_factor,
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from broken_gguf import change, renamed
 from click.testing import CliRunner
 
 from longrope_export import RopeScaling
@@ -23,7 +24,6 @@ from longrope_export.converters.doctor.hf_rules import HF_RULES
 from longrope_export.converters.doctor.repair import repair
 from longrope_export.converters.gguf.encode import encode_head, encode_tensor_info
 from longrope_export.converters.gguf.patch import patch_gguf
-from longrope_export.converters.gguf.rewrite import GgufChanges, rewrite_gguf
 from longrope_export.errors import InputFileError, LossyTargetError
 from longrope_export.formats.gguf_header import align, read_gguf_header
 from longrope_export.formats.gguf_tensors import read_tensor
@@ -41,12 +41,6 @@ Build = Callable[..., Path]
 Break = Callable[..., Path]
 
 
-def change(path: Path, **changes: Any) -> Path:
-    """`path` with GgufChanges' fields applied."""
-    rewrite_gguf(read_gguf_header(path), path, GgufChanges(**changes), overwrite=True)
-    return path
-
-
 def without_record(path: Path, *keys: str) -> Path:
     return change(path, removed=frozenset({RECORD, *keys}))
 
@@ -62,15 +56,6 @@ def with_tensor(path: Path, name: str, ggml_type: int, shape: tuple[int, ...], r
     data = blob[header.data_start :].ljust(end, b"\0") + raw
     path.write_bytes(head.ljust(align(len(head), header.alignment), b"\0") + data)
     return path
-
-
-def renamed(path: Path, architecture: str, **keys: Any) -> Path:
-    """`path` under another architecture's name, with further keys of it."""
-    header = read_gguf_header(path)
-    old = [key for key in header.metadata if key.startswith("llama.")]
-    entries = {f"{architecture}.{key.removeprefix('llama.')}": header.get(key) for key in old}
-    entries |= {f"{architecture}.{key.replace('__', '.')}": value for key, value in keys.items()}
-    return change(path, entries={"general.architecture": architecture, **entries}, removed=frozenset(old))
 
 
 def names(path: Path, *severities: str) -> set[str]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from broken_gguf import change, renamed
 
 from longrope_export import RopeScaling
 from longrope_export.converters.doctor.examine import examine
@@ -20,7 +21,6 @@ from longrope_export.converters.doctor.repair import repair
 from longrope_export.converters.gguf.convert import convert_to_gguf
 from longrope_export.converters.gguf.encode import encode_entry, encode_head
 from longrope_export.converters.gguf.patch import patch_gguf
-from longrope_export.converters.gguf.rewrite import GgufChanges, rewrite_gguf
 from longrope_export.demo import demo_model_path
 from longrope_export.errors import RuntimeFailure
 from longrope_export.files import sha256
@@ -34,19 +34,6 @@ WINDOW = "llama.context_length"
 SAME, OTHER = 1e-3, 0.03  # nats
 
 Probabilities = npt.NDArray[np.float32]
-
-
-def change(path: Path, **changes: Any) -> Path:
-    rewrite_gguf(read_gguf_header(path), path, GgufChanges(**changes), overwrite=True)
-    return path
-
-
-def renamed(path: Path, architecture: str, **keys: Any) -> Path:
-    header = read_gguf_header(path)
-    old = [key for key in header.metadata if key.startswith("llama.")]
-    entries = {f"{architecture}.{key.removeprefix('llama.')}": header.get(key) for key in old}
-    entries |= {f"{architecture}.{key.replace('__', '.')}": value for key, value in keys.items()}
-    return change(path, entries={"general.architecture": architecture, **entries}, removed=frozenset(old))
 
 
 def rewritten(path: Path, infos: Callable[[bytes], bytes], more_entries: bytes = b"", count: int = 0) -> Path:

@@ -10,6 +10,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 
 def alternating_seconds(
@@ -58,6 +62,17 @@ def run_child(command: Sequence[str], *, environment: Mapping[str, str] | None =
     if code:
         raise SystemExit(f"{' '.join(command)} ended with code {code}")
     return output, time.perf_counter() - started, peak
+
+
+_DRAWS = 10_000
+
+
+def bootstrap_interval(differences: Sequence[float] | npt.NDArray[np.floating[Any]]) -> tuple[float, float]:
+    """95 % interval of the mean of `differences`, resampled with replacement; the same one each time."""
+    values = np.asarray(differences, dtype=np.float64)
+    drawn = np.random.default_rng(0).integers(len(values), size=(_DRAWS, len(values)))
+    low, high = np.percentile(values[drawn].mean(axis=1), [2.5, 97.5])
+    return float(low), float(high)
 
 
 def machine() -> str:

@@ -11,6 +11,7 @@ from longrope_export.converters.gguf.checks import check_patchable
 from longrope_export.converters.gguf.convert import plan_conversion, write_conversion
 from longrope_export.converters.gguf.patch import patch_gguf
 from longrope_export.converters.hf_folder import gguf_to_hf_folder, write_hf_folder
+from longrope_export.converters.hf_profiles import DEFAULT
 from longrope_export.files import atomic_folder, write_text
 from longrope_export.formats.gguf_shards import read_gguf
 from longrope_export.formats.records import RECORD_FILE
@@ -34,13 +35,15 @@ def export_model(
     dtype: str | None = None,
     gguf: bool = True,
     hf: bool = True,
+    profile: str = DEFAULT,
     allow_lossy: bool = False,
 ) -> ExportResult:
     """Write the folder `target` from an HF folder or a GGUF file and one record.
 
     It holds transformers' files (unless `hf` is False) and `<model>.gguf` (unless `gguf` is False): a GGUF
     source is patched, its weights untouched, and dequantised to `dtype` (default f32) for transformers; an HF
-    source keeps its tensors and is converted to `dtype` (default f16) for the GGUF. Everything is checked
+    source keeps its tensors and is converted to `dtype` (default f16) for the GGUF. `profile`: for whom config.json is
+    written (`hf_profiles`). Everything is checked
     before anything is written. Raises as `patch_gguf`, `convert_to_gguf` and `write_hf_folder`.
     """
     path, folder = Path(source), Path(target)
@@ -51,9 +54,11 @@ def export_model(
             write(partial)
             write_text(partial / RECORD_FILE, scaling.to_json())
     elif path.is_dir():
-        losses += write_hf_folder(path, folder, scaling, allow_lossy=allow_lossy, add=write)
+        losses += write_hf_folder(path, folder, scaling, profile=profile, allow_lossy=allow_lossy, add=write)
     else:
-        losses += gguf_to_hf_folder(path, folder, scaling, dtype=dtype or "f32", allow_lossy=allow_lossy, add=write)
+        losses += gguf_to_hf_folder(
+            path, folder, scaling, dtype=dtype or "f32", profile=profile, allow_lossy=allow_lossy, add=write
+        )
     return ExportResult(folder, folder / name if gguf else None, list(dict.fromkeys(losses)))
 
 

@@ -16,7 +16,8 @@ from longrope_export.converters.gguf.dequantise import (
     save_dequantised,
     tokenizer_losses,
 )
-from longrope_export.converters.hf_config import extended_config, json_text, language_model
+from longrope_export.converters.hf_config import json_text, language_model
+from longrope_export.converters.hf_profiles import DEFAULT, profile_config
 from longrope_export.converters.lossy import hf_losses, refuse_losses
 from longrope_export.converters.safetensors import write_safetensors_metadata
 from longrope_export.errors import InputFileError, UnsupportedModelError
@@ -40,24 +41,26 @@ def write_hf_folder(
     target: str | os.PathLike[str],
     scaling: RopeScaling,
     *,
+    profile: str = DEFAULT,
     allow_lossy: bool = False,
     add: Callable[[Path], None] | None = None,
 ) -> list[str]:
     """Write the folder `target`: the model folder `source` with `scaling` in config.json and every shard's
     header.
 
-    Tokenizer and other small files are copied, links are followed, nothing is written through one. `add` may
-    write further files into the unfinished folder; the manifest covers them. Returns what stock transformers
-    will not apply, which is refused unless `allow_lossy`. Raises `InputFileError` for a damaged folder,
-    `UnsupportedModelError` for other weights than safetensors or an unknown family, `ScalingError` when the
-    record belongs to another model, `LossyTargetError`, and `OutputError`.
+    `profile` is the default or one of `hf_profiles.PROFILES`. Tokenizer and other small files are copied, links are
+    followed, nothing is written through one. `add` may write further files into the unfinished folder; the manifest
+    covers them. Returns what stock transformers and the profile's runtime will not apply, which is refused unless
+    `allow_lossy`. Raises `InputFileError` for a damaged folder, `UnsupportedModelError` for other weights than
+    safetensors, an unknown family or profile, `ScalingError` when the record belongs to another model,
+    `LossyTargetError`, and `OutputError`.
     """
     folder = Path(source)
     config = read_json(folder / CONFIG_FILE)
     shards = model_shards(folder)
-    changed = extended_config(config, scaling)
+    changed, scaling, runtime_losses = profile_config(config, scaling, profile)
     model = language_model(config)
-    losses = hf_losses(scaling) + model.window_losses(scaling) + model.composition_losses(scaling)
+    losses = runtime_losses + hf_losses(scaling) + model.window_losses(scaling) + model.composition_losses(scaling)
     refuse_losses(str(target), losses, allow_lossy=allow_lossy)
     side_files = _extended_side_files(folder, scaling.max_position_embeddings)
     with atomic_folder(target) as partial:
@@ -81,6 +84,7 @@ def gguf_to_hf_folder(
     scaling: RopeScaling,
     *,
     dtype: str = "f32",
+    profile: str = DEFAULT,
     allow_lossy: bool = False,
     add: Callable[[Path], None] | None = None,
 ) -> list[str]:
@@ -100,7 +104,7 @@ def gguf_to_hf_folder(
             parent.mkdir(parents=True, exist_ok=True)
             name = stack.enter_context(tempfile.TemporaryDirectory(dir=parent, prefix=".dequantised-"))
             save_dequantised(header, Path(name), dtype=dtype, window=window)
-        return own + write_hf_folder(name, target, scaling, allow_lossy=allow_lossy, add=add)
+        return own + write_hf_folder(name, target, scaling, profile=profile, allow_lossy=allow_lossy, add=add)
 
 
 def model_shards(folder: Path) -> list[Path]:

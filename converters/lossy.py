@@ -4,6 +4,7 @@ silently.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from longrope_export.errors import LossyTargetError
@@ -14,9 +15,15 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 
-def gguf_losses(scaling: RopeScaling) -> list[str]:
-    """What no GGUF runtime will apply of `scaling`, one sentence each."""
-    return _start_token_losses(scaling, "llama.cpp") + _attention_losses(scaling, "llama.cpp") + _set_losses(scaling)
+def gguf_losses(scaling: RopeScaling, *, static: bool = False) -> list[str]:
+    """What no GGUF runtime will apply of `scaling`, one sentence each; `static`: with one set for every length."""
+    one_set = static and scaling.long_factor != scaling.short_factor
+    return (
+        (["llama.cpp will use the long factors in short contexts as well: one set for every length"] if one_set else [])
+        + _start_token_losses(scaling, "llama.cpp")
+        + _attention_losses(scaling, "llama.cpp")
+        + _set_losses(scaling)
+    )
 
 
 def hf_losses(scaling: RopeScaling) -> list[str]:
@@ -26,26 +33,39 @@ def hf_losses(scaling: RopeScaling) -> list[str]:
     )
 
 
-def gguf_notes(scaling: RopeScaling) -> list[str]:
-    """How llama.cpp applies `scaling` differently from transformers although nothing is lost."""
+def gguf_notes(scaling: RopeScaling, *, static: bool = False, folded: bool = False, since: str = "") -> list[str]:
+    """How llama.cpp applies `scaling` differently from transformers although nothing is lost.
+
+    `static`, `folded`: as in `scaling_entries`; `since`: the first builds that load such a file (default: of a llama).
+    """
     window = scaling.original_max_position_embeddings
+    switches = not scaling.is_static and not static
     notes = []
-    if not scaling.is_static:
+    if switches:
         notes.append(
             f"llama.cpp chooses by the allocated context, not by the prompt: any -c above {window} uses "
             "the long factors for short prompts too"
         )
-    if window % 256 and not scaling.is_static:
+    if window % 256 and switches:
         notes.append(f"llama.cpp pads -c to a multiple of 256, so -c {window} already uses the long factors")
-    if scaling.max_position_embeddings == window:
+    if scaling.max_position_embeddings == window and not static:
         notes.append(f"the window does not grow beyond {window}, so servers never reach the long factors")
-    if scaling.long_attention_factor != 1.0:
+    if scaling.long_attention_factor != 1.0 and not folded:
         notes.append(
             "keep context shift off (llama.cpp --no-context-shift; it is on in Ollama): a shift multiplies "
             "cached keys by the attention factor again"
         )
-    notes.append("llama.cpp applies these factors since 2026-03-29 (pull request 21150), Ollama since 2026-05-29")
+    usual = "2026-03-29 (pull request 21150), Ollama since 2026-05-29"
+    notes.append(f"llama.cpp applies these factors since {since or usual}")
     return notes
+
+
+def one_set_record(scaling: RopeScaling) -> RopeScaling:
+    """The record of a target that holds the long set only: a file says what it does."""
+    return replace(
+        scaling, short_factor=scaling.long_factor, short_attention_factor=scaling.long_attention_factor,
+        short_start_tokens=scaling.long_start_tokens, sets={},
+    )  # fmt: skip
 
 
 def undone_losses(existing: npt.NDArray[np.float64], scaling: RopeScaling, source: str) -> list[str]:

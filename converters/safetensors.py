@@ -35,13 +35,14 @@ def write_safetensors_metadata(
     header = read_safetensors_header(source)
     if Path(target).exists() and Path(target).samefile(source):
         raise OutputError(f"{target} is the source itself; name another output")
-    raw = _header_bytes(header, entries)
+    raw = header_bytes(header, entries)
     with header.path.open("rb", buffering=0) as original, atomic_output(target, overwrite=overwrite) as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         copy_range(original, file, header.data_start, header.file_size - header.data_start)
 
 
-def _header_bytes(header: SafetensorsHeader, entries: Mapping[str, str]) -> bytes:
+def header_bytes(header: SafetensorsHeader, entries: Mapping[str, str]) -> bytes:
+    """The header's JSON with `entries` in its `__metadata__`, padded to the format's alignment; raises `OutputError`."""
     # Readers before transformers 4.50 refuse a file whose metadata names no format.
     metadata = {"format": "pt", **header.metadata, **entries}
     values: dict[str, object] = {METADATA_KEY: dict(sorted(metadata.items()))}

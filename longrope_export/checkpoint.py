@@ -64,6 +64,7 @@ class Checkpoint:
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # reported below, by name
         place = self.path
         if self.description.kind == "gguf":
+            _refuse_disk(self.path, options.get("device_map"))
             options |= {"gguf_file": self.path.name, "quantization_config": GgufConfig(dequantize=True)}
             options.setdefault("dtype", "float32")
             place = self.path.parent
@@ -71,11 +72,19 @@ class Checkpoint:
             options["use_safetensors"] = True
         try:
             model, report = AutoModelForCausalLM.from_pretrained(str(place), **options)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise InputFileError(f"transformers cannot load {self.path}: {reason}") from error
         _check_complete(self.path, report)
         return model
+
+
+def _refuse_disk(gguf: Path, device_map: Any) -> None:
+    if isinstance(device_map, dict) and "disk" in device_map.values():
+        raise InputFileError(
+            f"{gguf} is a GGUF, whose weights are computed when it is read and cannot stay on the disk: "
+            "give the original model folder, or a device map without disk"
+        )
 
 
 def _check_complete(path: Path, report: dict[str, Any]) -> None:

@@ -172,7 +172,7 @@ def _searched(options: ExtendOptions, description: ModelDescription, target: int
         for name in names
     ]
     caption = (
-        f"Perplexity at {target:,} tokens; {config.documents} documents to search on, {config.validation_documents} "
+        f"Perplexity at {target:,} tokens; {result.documents} documents to search on, {config.validation_documents} "
         "others to choose on."
     )
     return Found(result.scaling, table, caption, (search_folder(plan) / JOURNAL,))

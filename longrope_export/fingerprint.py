@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from longrope_export.errors import InputFileError
+from longrope_export.errors import InputFileError, LongRopeError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,9 +37,16 @@ def fingerprint(path: str | os.PathLike[str]) -> str:
 
 
 def fingerprint_model(model: nn.Module) -> str:
-    """Hex SHA-256 of a model in memory: names, shapes, dtypes and up to 4,096 evenly spaced values of every tensor."""
+    """Hex SHA-256 of a model in memory: names, shapes, dtypes and up to 4,096 evenly spaced values of every tensor.
+
+    Raises `LongRopeError` for a model some of whose weights wait on the disk or in another memory.
+    """
     import torch
 
+    from longrope_export.placement import is_offloaded
+
+    if is_offloaded(model):
+        raise LongRopeError("weights of the model are not in memory; pass fingerprint=fingerprint(FOLDER) of its files")
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())

@@ -16,9 +16,11 @@ import numpy.typing as npt
 from longrope_export.description import ModelDescription
 from longrope_export.errors import InputFileError, UnsupportedModelError
 from longrope_export.formats.gguf_header import FLOAT32, GgufHeader
+from longrope_export.formats.gguf_scaling import FOLDED_KEY
 from longrope_export.formats.gguf_tensors import read_tensor
 
 GRANITE, PHI3 = "granite", "phi3"
+_PHI3_PADDING = 32000  # the token that transformers takes for padding in every phi3
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 _IN_LAYER = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -40,6 +42,10 @@ _OPTIONS = {"dtype", "torch_dtype", "attn_implementation"}
 def needs_own_import(header: GgufHeader) -> bool:
     """Whether transformers would refuse the file, drop its biases, or rotate too much of each head."""
     architecture = header.get("general.architecture")
+    tokens = header.metadata.get("tokenizer.ggml.tokens")
+    small = tokens is not None and tokens.array_length <= _PHI3_PADDING
+    if architecture == PHI3 and (small or header.tensor("blk.0.attn_qkv.bias") is not None):
+        return True
     if architecture == PHI3:
         keys = ("rope.dimension_count", "embedding_length", "attention.head_count")
         rotated, width, heads = (header.get(f"{PHI3}.{key}") for key in keys)
@@ -53,8 +59,11 @@ def transformers_config(header: GgufHeader, model: ModelDescription) -> dict[str
     """The config.json of the model in the file, with plain RoPE and the window that the file declares."""
     architecture = model.architecture
     biased = header.tensor("blk.0.attn_q.bias") is not None
-    own_name = architecture != "llama" or not biased or header.tensor("blk.0.attn_output.bias") is not None
-    family = architecture if own_name else "qwen2"
+    own_name = not biased or header.tensor("blk.0.attn_output.bias") is not None
+    if FOLDED_KEY in header.metadata:  # a llama or qwen2 in granite's place
+        family = "llama" if own_name else "qwen2"
+    else:
+        family = architecture if own_name or architecture != "llama" else "qwen2"
     values: dict[str, Any] = {
         "model_type": family, "hidden_size": model.hidden, "num_hidden_layers": model.layers,
         "num_attention_heads": model.heads, "num_key_value_heads": model.kv_heads, "head_dim": model.head_dim,

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from longrope_export.search.config import SearchConfig
+from longrope_export.search.documents import EARLY
 from longrope_export.search.evaluator import Evaluator
 from longrope_export.search.space import Candidate, PaperSpace, RopeNumbers
 from longrope_export.search.strategies.cmaes import CmaEs, Sampling
 from longrope_export.search.strategies.critical_dimension import CriticalIndexSearch, Recorded
 from longrope_export.search.strategies.evolution import Evolution, EvolutionOptions
-from longrope_export.search.strategies.gradient import Descent, GradientDescent
+from longrope_export.search.strategies.gradient import Descent, EarlyPart, GradientDescent
 from longrope_export.search.strategies.log_space import Constraint, LogSpace
 
 
@@ -23,7 +24,7 @@ class Phase:
 
     `seeds` are Algorithm 1's; the others begin at `start`. `bound` is the largest λ of Algorithm 1 and of the constraint
     "paper". `descent` and `evaluations` say how long it runs, whichever the optimiser counts. `seed` is for the
-    generator.
+    generator, `early_shift` what `EarlyPart` has.
     """
 
     start: Candidate
@@ -37,6 +38,7 @@ class Phase:
     evolution: EvolutionOptions
     start_tokens: tuple[int, ...] = (0,)
     critical: int = 0
+    early_shift: Sequence[float] = (0.0,)
 
 
 def build(evaluator: Evaluator, config: SearchConfig, numbers: RopeNumbers, phase: Phase) -> Recorded:
@@ -61,7 +63,13 @@ def _gradient(evaluator: Evaluator, config: SearchConfig, numbers: RopeNumbers, 
         turns=numbers.turns,
         generator=np.random.default_rng(phase.seed),
         parts=phase.parts,
+        early=_early(evaluator, phase.early_shift) if phase.descent.early_steps else None,
     )
+
+
+def _early(evaluator: Evaluator, shift: Sequence[float]) -> EarlyPart:
+    ((part, documents),) = [each for each in evaluator.documents.items() if each[0].startswith(EARLY)]
+    return EarlyPart(part, documents, np.asarray(shift))
 
 
 def _cmaes(evaluator: Evaluator, config: SearchConfig, numbers: RopeNumbers, phase: Phase) -> CmaEs:

@@ -31,9 +31,12 @@ LLAMACPP = "llamacpp"
 # The descent's n̂: a subset of the paper's grid, because the factors are already found when it is tried.
 FEW_START_TOKENS = (4, 16, 64, 256)
 BASELINES = ("yarn", "ntk", "pi", "critical-dim")
-# Used when no budget is given: at most this long, and at most this many evaluations.
+# Used when no budget is given: at most this long, and at most this many forward passes on documents.
 DEFAULT_SECONDS = 45 * 60.0
-DEFAULT_EVALUATIONS: Mapping[str, float] = MappingProxyType({"gradient": 120.0, "cmaes": 400.0})
+DEFAULT_PASSES: Mapping[str, float] = MappingProxyType({"gradient": 480.0, "cmaes": 1600.0})
+# Documents are free for a descent, which takes a few of them a step: more of them fit less to any. The paper's
+# samples for populations, which measure every candidate on all of them.
+MOST_DOCUMENTS: Mapping[str, int] = MappingProxyType({"gradient": 16, "cmaes": 5, "evolution": 5})
 # The paper takes three samples beyond 512k tokens instead of five.
 LARGE_DOCUMENTS = 3
 
@@ -67,9 +70,11 @@ class SearchConfig:
 
     `attention` is "method" (each closed form's own), "su" (√(1 + ln s / ln L)), "yarn" (0.1 ln s + 1) or a number. None
     in `attention`, `learn_attention`, `start_tokens`, `critical_indices` and `race` takes what suits the strategy, the
-    model and the runtime. `bound` is a multiple of s, `short_bound` a λ. `optimiser` is what moves the factors of
-    strategy "critical-dim". `objective` is "name=weight,…" (see `mixture`); `sets` are lengths in between, each with a
-    set of its own. Raises `LongRopeError` for values out of range.
+    model and the runtime. `bound` is a multiple of s, `short_bound` a λ. `documents` 0 takes as many as there are, up
+    to `MOST_DOCUMENTS`. `optimiser` is what moves the factors of strategy "critical-dim". `objective` is
+    "name=weight,…" (see `mixture`); `sets` are lengths in between, each with a set of its own; a descent makes its
+    first `early_share` steps on pieces of `early_length`. `device_map` and `max_memory` are `placement_options`'.
+    Raises `LongRopeError` for values out of range.
     """
 
     model: Path | None = None
@@ -81,7 +86,7 @@ class SearchConfig:
     critical_indices: tuple[int, ...] | None = None
     race: bool | None = None
     budget: str | None = None
-    documents: int = 4
+    documents: int = 0
     validation_documents: int = 2
     report_documents: int = 0
     objective: str = DEFAULT_OBJECTIVE
@@ -92,6 +97,8 @@ class SearchConfig:
     threads: int | None = None
     executor: ExecutorName = "local"
     workers: int | None = None
+    device_map: str | None = None
+    max_memory: str | None = None
     attention: str | None = None
     learn_attention: bool | None = None
     init: Path | str | None = None
@@ -105,6 +112,8 @@ class SearchConfig:
     short_bound: float = 2.0
     sets: tuple[str, ...] = ()
     sets_share: float = 0.1
+    early_length: str | None = None
+    early_share: float = 0.75
     evolution: EvolutionOptions = field(default_factory=EvolutionOptions)
     gradient: GradientOptions = field(default_factory=GradientOptions)
     cmaes: CmaOptions = field(default_factory=CmaOptions)
@@ -122,11 +131,12 @@ class SearchConfig:
             _one_of("a closed form", name, tuple(METHODS))
         if not self.baselines:
             raise LongRopeError("at least one closed form is needed to begin with and to compare with")
-        for name, least in (("documents", 1), ("validation_documents", 1), ("report_documents", 0), ("seed", 0)):
+        for name, least in (("documents", 0), ("validation_documents", 1), ("report_documents", 0), ("seed", 0)):
             _check(name, getattr(self, name), getattr(self, name) >= least, f"at least {least}")
         shares = self.short_share + self.sets_share * len(self.sets)
         _check("short_share", self.short_share, 0.0 <= self.short_share < 0.9, "from 0 to below 0.9")
         _check("sets_share", self.sets_share, self.sets_share > 0.0 and shares < 0.9, "above 0, all sets below 0.9")
+        _check("early_share", self.early_share, 0.0 < self.early_share < 1.0, "between 0 and 1")
         _check("short_margin", self.short_margin, self.short_margin >= 0.0, "at least 0")
         _check("short_bound", self.short_bound, self.short_bound >= 1.0 + self.step, "at least 1 + step")
 
@@ -150,6 +160,19 @@ class SearchConfig:
     def worker_count(self) -> int:
         """Workers of the executor: two unless given."""
         return 2 if self.workers is None else self.workers
+
+    def with_documents(self, rows: int) -> SearchConfig:
+        """The same search with `documents` filled in, where `rows` rows are at hand for all parts."""
+        if self.documents:
+            return self
+        left = rows - self.validation_documents - self.report_documents
+        return replace(self, documents=max(1, min(left, MOST_DOCUMENTS[self.method])))
+
+    @property
+    def needed_rows(self) -> tuple[int, int]:
+        """The fewest rows that will do, and the most that are used."""
+        held = self.validation_documents + self.report_documents
+        return held + (self.documents or 1), held + (self.documents or MOST_DOCUMENTS[self.method])
 
     def resolve(self, numbers: RopeNumbers, kind: str) -> SearchConfig:
         """The same search with nothing left open, for a model of `kind` "hf" or "gguf".
@@ -205,8 +228,8 @@ class SearchConfig:
     def to_header(self) -> dict[str, Any]:
         """JSON-ready form for the journal, without paths: the model's and the data's hashes stand for those."""
         values = asdict(self)
-        # Nor the executor: the result is the same on all of them.
-        for name in ("model", "data", "out", "threads", "init", "executor", "workers"):
+        # Nor the executor and the placement: the result is the same on all of them; devices are the engine's.
+        for name in ("model", "data", "out", "threads", "init", "executor", "workers", "device_map", "max_memory"):
             del values[name]
         return values
 

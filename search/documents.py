@@ -17,8 +17,16 @@ Parts = dict[str, tuple[Document, ...]]
 # Documents that nothing is chosen on: measured once, at the end.
 REPORT = "report"
 
+# What the early steps of a descent search on, `@` its length.
+EARLY = f"early-{SEARCH}"
+
 # Pieces of window length that the short search cuts from each document.
 SHORT_PIECES = 4
+
+
+def early(length: int) -> str:
+    """Name of the part that the early steps of a descent search on: pieces of `length` tokens."""
+    return f"{EARLY}@{length}"
 
 
 def in_between(length: int) -> tuple[str, str]:
@@ -36,12 +44,13 @@ def split_rows(
     bos: int | None,
     report: int = 0,
     lengths: Sequence[int] = (),
+    early_length: int | None = None,
 ) -> dict[str, tuple[Row, ...]]:
     """The first `documents` rows to search on, then `validation` to choose on and `report`, each `target` tokens long.
 
     The short parts are up to `SHORT_PIECES` pieces of `window` tokens of each, with BOS in front where the row has it;
-    the parts of a length in between are the rows' beginnings. Raises `TextTooShortError` when rows are missing or too
-    short.
+    the parts of a length in between are the rows' beginnings, that of `early_length` holds all their pieces. Raises
+    `TextTooShortError` when rows are missing or too short.
     """
     needed = documents + validation + report
     arrays = [np.asarray(row, dtype=np.int64).ravel()[:target] for row in rows[:needed]]
@@ -60,11 +69,14 @@ def split_rows(
         SEARCH: search,
         VALIDATION: held,
         REPORT: tuple(arrays[documents + validation :]),
-        SHORT_SEARCH: tuple(piece for row in search for piece in short_pieces(row, window, bos)),
-        SHORT_VALIDATION: tuple(piece for row in held for piece in short_pieces(row, window, bos)),
+        SHORT_SEARCH: tuple(piece for row in search for piece in pieces_of(row, window, bos, SHORT_PIECES)),
+        SHORT_VALIDATION: tuple(piece for row in held for piece in pieces_of(row, window, bos, SHORT_PIECES)),
     }
     for length in lengths:
         parts |= zip(in_between(length), (tuple(row[:length] for row in each) for each in (search, held)))
+    if early_length:
+        most = target // early_length
+        parts[early(early_length)] = tuple(piece for row in search for piece in pieces_of(row, early_length, bos, most))
     return parts
 
 
@@ -73,12 +85,12 @@ def with_plain_losses(parts: Mapping[str, Sequence[Row]]) -> Parts:
     return {part: tuple(plain(row) for row in rows) for part, rows in parts.items()}
 
 
-def short_pieces(row: Row, window: int, bos: int | None) -> list[Row]:
-    """Evenly spaced disjoint pieces of `window` tokens of a row, each beginning with BOS where the row does."""
+def pieces_of(row: Row, tokens: int, bos: int | None, most: int) -> list[Row]:
+    """Up to `most` evenly spaced disjoint pieces of `tokens` tokens of a row, each beginning with BOS where it does."""
     with_bos = bos is not None and int(row[0]) == bos
     body = row[1:] if with_bos else row
-    length = window - 1 if with_bos else window
-    count = min(SHORT_PIECES, len(body) // length)
+    length = tokens - 1 if with_bos else tokens
+    count = min(most, len(body) // length)
     stride = len(body) // count
     front = row[:1] if with_bos else row[:0]
     return [np.concatenate([front, body[index * stride : index * stride + length]]) for index in range(count)]

@@ -15,8 +15,8 @@ from torch import nn
 from longrope_export.errors import ScalingError
 from longrope_export.fingerprint import fingerprint_model
 from longrope_export.lengths import resolve_length
-from longrope_export.search.config import SearchConfig, parse_budget
-from longrope_export.search.documents import REPORT, SHORT_PIECES, Parts, split_rows, with_plain_losses
+from longrope_export.search.config import MOST_DOCUMENTS, SearchConfig, parse_budget
+from longrope_export.search.documents import EARLY, REPORT, SHORT_PIECES, Parts, split_rows, with_plain_losses
 from longrope_export.search.evaluator import Evaluator
 from longrope_export.search.executors import InProcess
 from longrope_export.search.identity import search_header, torch_engine
@@ -77,7 +77,8 @@ def search_factors(
 ) -> SearchResult:
     """Search factors for a model in memory.
 
-    `rows` are token ids, each at least L' long: the first `config.documents` are searched on, the next
+    `rows` are token ids, each at least L' long: the first `config.documents` are searched on (0: as
+    many as are left over, within bounds), the next
     `config.validation_documents` choose, the next `config.report_documents` do neither. `kind` ("hf" or "gguf") says
     what `config.runtime` "auto" means. With `journal_path`, a search that was stopped there is continued. The objective
     "needle" needs the model's `tokenizer`; `workers` opens another executor than this process.
@@ -86,7 +87,7 @@ def search_factors(
     Raises `TextTooShortError`, `StaleStateError` when the journal is of another search, `UnsupportedModelError`,
     `LongRopeError` for options that do not fit the runtime or a budget that is too small, and `SearchStopped` on Ctrl-C.
     """
-    resolved = config.resolve(numbers, kind)
+    resolved = config.with_documents(len(rows)).resolve(numbers, kind)
     check_budget(resolved, numbers)
     init = read_init(resolved, numbers)
     parts = search_parts(rows, numbers, resolved, getattr(model.config, "bos_token_id", None), tokenizer)
@@ -151,6 +152,7 @@ def search_parts(
     plain = split_rows(
         rows, documents=config.documents, validation=config.validation_documents, report=config.report_documents,
         window=numbers.window, target=numbers.target, bos=bos, lengths=set_lengths(config, numbers),
+        early_length=early_length(config, numbers),
     )  # fmt: skip
     parts = with_plain_losses(plain)
     if config.mixture.is_perplexity:
@@ -160,6 +162,9 @@ def search_parts(
         pieces = plain[short_parts[part]]
         first = pieces[:: len(pieces) // len(plain[part])]
         parts[part] = config.mixture.documents(plain[part], first, tokenizer, (config.seed, 2, number))
+    for part in (part for part in plain if part.startswith(EARLY)):
+        first = tuple(row[: numbers.window] for row in plain[part])
+        parts[part] = config.mixture.documents(plain[part], first, tokenizer, (config.seed, 2, 2))
     return parts
 
 
@@ -174,6 +179,18 @@ def set_lengths(config: SearchConfig, numbers: RopeNumbers) -> tuple[int, ...]:
     return tuple(lengths)
 
 
+def early_length(config: SearchConfig, numbers: RopeNumbers) -> int | None:
+    """`config.early_length` in tokens, or None; raises `ScalingError` unless it is between L and L'."""
+    if config.early_length is None:
+        return None
+    length = resolve_length(config.early_length, numbers.window)
+    if not numbers.window < length < numbers.target:
+        raise ScalingError(
+            f"--early-length has {length:,} tokens; it must be between {numbers.window:,} and {numbers.target:,}"
+        )
+    return length
+
+
 def new_plan(
     objective: TimedObjective, numbers: RopeNumbers, config: SearchConfig, parts: Parts, timing: Timing | None = None
 ) -> Plan:
@@ -181,7 +198,7 @@ def new_plan(
     sizes = _sizes(config, numbers, {part: len(documents) for part, documents in parts.items()})
 
     def measured() -> Timing:
-        found = timing or probe(objective, numbers, config.method == "gradient")
+        found = timing or probe(objective, numbers, config.method == "gradient", early_length(config, numbers))
         # A population keeps every worker busy; a descent asks for a few documents at a time.
         at_once = 1 if config.executor == "local" or config.method == "gradient" else config.worker_count
         return Timing(*(seconds / at_once for seconds in astuple(found)))
@@ -204,17 +221,20 @@ def _sizes(config: SearchConfig, numbers: RopeNumbers, documents: Mapping[str, i
         sets=tuple(length / numbers.target for length in set_lengths(config, numbers)),
         arms=len(config.critical_indices or (0,)),
         population=config.cmaes.candidates(max(free, 1), bool(config.learn_attention)),
+        early_ratio=(early_length(config, numbers) or 0) / numbers.target,
     )
 
 
 def check_budget(config: SearchConfig, numbers: RopeNumbers) -> None:
     """Raise `LongRopeError` when a resolved configuration's number of evaluations does not pay for one step."""
     set_lengths(config, numbers)
+    early_length(config, numbers)
     if parse_budget(config.budget).evaluations is None:
         return
     pieces = min(SHORT_PIECES, numbers.target // numbers.window)
-    counts = {SEARCH: config.documents, VALIDATION: config.validation_documents}
-    counts |= {SHORT_SEARCH: config.documents * pieces, SHORT_VALIDATION: config.validation_documents * pieces}
+    documents = config.documents or MOST_DOCUMENTS[config.method]
+    counts = {SEARCH: documents, VALIDATION: config.validation_documents}
+    counts |= {SHORT_SEARCH: documents * pieces, SHORT_VALIDATION: config.validation_documents * pieces}
     make_plan(config, _sizes(config, numbers, counts), lambda: Timing(1.0, 1.0, 1.0, 1.0))
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from longrope_export import __version__
+from longrope_export.placement import compute_devices
 from longrope_export.search.config import SearchConfig
 from longrope_export.search.documents import Parts, documents_hash
 from longrope_export.search.space import Candidate, RopeNumbers
@@ -39,11 +40,12 @@ def search_header(
 
 def torch_engine(model: nn.Module) -> dict[str, Any]:
     """Threads, device and dtype of a model that torch runs."""
-    weight = next(model.parameters())
+    # Where weights wait does not change a number; what computes does.
+    devices = dict.fromkeys(map(_device, compute_devices(model)))
     return {
         "threads": torch.get_num_threads(),
-        "device": _device(weight.device),
-        "dtype": str(weight.dtype).removeprefix("torch."),
+        "device": ", ".join(devices),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
     }
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from longrope_export.errors import NumericalError, UnsupportedModelError
 from longrope_export.search.build import Phase, build, build_index_search
 from longrope_export.search.config import SearchConfig
+from longrope_export.search.documents import EARLY
 from longrope_export.search.evaluator import Evaluator
 from longrope_export.search.plan import Plan
 from longrope_export.search.protocol import SEARCH, VALIDATION, Strategy
@@ -93,20 +94,32 @@ class LongSearch:
         starts = {"init": self._init} if self._init else self.closed_forms
         losses = self._evaluator.mean_losses(list(starts.values()), SEARCH, self._plan.baseline_documents)
         search |= {name: perplexity(loss) for name, loss in zip(starts, losses)}
-        start = list(starts.values())[int(np.argmin(losses))]
+        name = list(starts)[int(np.argmin(losses))]
+        start, shift = starts[name], self._early_shift(name)
         arms = {
-            index: build(self._evaluator, config, self._numbers, self._phase(start, index))
+            index: build(self._evaluator, config, self._numbers, self._phase(start, index, shift))
             for index in config.critical_indices or (0,)
         }
         return build_index_search(arms, self._plan.rounds, self._plan.compare_documents, SEARCH)
 
-    def _phase(self, start: Candidate, critical: int = 0) -> Phase:
+    def _early_shift(self, name: str) -> tuple[float, ...]:
+        """From a closed form for L' to the same one for the early length, in (log λ …, log m); an `init` goes by YaRN."""
+        found = [part for part in self._evaluator.documents if part.startswith(EARLY)]
+        if not found:
+            return (0.0,)
+        form, attention = (name if name in self.closed_forms else "yarn"), self._config.attention_factor(self._numbers)
+        lengths = (int(found[0].partition("@")[2]), self._numbers.target)
+        ends = [closed_form(form, replace(self._numbers, target=length), attention) for length in lengths]
+        early, whole = (np.log([*each.factors, each.attention_factor]) for each in ends)
+        return tuple((early - whole).tolist())
+
+    def _phase(self, start: Candidate, critical: int = 0, shift: tuple[float, ...] = (0.0,)) -> Phase:
         config, plan = self._config, self._plan
         return Phase(
             start=start,
             seeds=[closed_form(name, self._numbers) for name in EVOLUTION_SEEDS],
             parts=(SEARCH, VALIDATION),
-            descent=Descent(plan.steps, plan.documents_per_step, plan.checkpoints),
+            descent=Descent(plan.steps, plan.documents_per_step, plan.checkpoints, plan.early_steps),
             evaluations=plan.evaluations,
             bound=config.bound * self._numbers.scale,
             learn_attention=bool(config.learn_attention),
@@ -114,6 +127,7 @@ class LongSearch:
             evolution=config.evolution,
             start_tokens=config.start_tokens or (0,),
             critical=critical,
+            early_shift=shift,
         )
 
     def _best(self, strategy: Strategy) -> Candidate:

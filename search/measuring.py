@@ -34,6 +34,8 @@ def check_measuring(config: SearchConfig, kind: str, patch: Patcher | None) -> N
         check_ray()
     if config.engine != LLAMACPP:
         return
+    if config.device_map is not None:
+        raise LongRopeError("--device-map places a model of torch; llama.cpp uses the GPU by itself: leave it out")
     if kind != "gguf":
         raise UnsupportedModelError("--objective llamacpp searches a GGUF file; give one as MODEL (longrope export)")
     if config.method == "gradient":
@@ -56,7 +58,9 @@ def worker_threads(config: SearchConfig) -> int | None:
 def open_workers(config: SearchConfig, source: ObjectiveSource, threads: int) -> AbstractContextManager[Executor]:
     """The executor of `config` with its workers, on what `source` opens in each of them."""
     if config.executor == "ray":
-        return RayWorkers(source, config.worker_count, threads)
+        # llama.cpp takes a GPU by itself, torch where the device map says so.
+        gpus = config.engine == LLAMACPP or config.device_map not in (None, "cpu")
+        return RayWorkers(source, config.worker_count, threads, gpus=gpus)
     if config.executor == "processes":
         return Processes(source, config.worker_count)
     return _in_process(source)
@@ -78,9 +82,8 @@ def model_workers(config: SearchConfig, inputs: Inputs) -> Callable[[Parts], Abs
 
         threads = torch.get_num_threads()
         path = Path(str(config.model)).absolute()
-        return open_workers(
-            config, ModelSource(path, inputs.dtype, inputs.numbers, parts, threads, inputs.fingerprint), threads
-        )
+        source = ModelSource(path, inputs.dtype, inputs.numbers, parts, threads, inputs.fingerprint, inputs.placement)
+        return open_workers(config, source, threads)
 
     return workers
 

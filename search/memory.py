@@ -7,13 +7,15 @@ from typing import Any
 
 from torch import nn
 
+from longrope_export.placement import is_offloaded, weight_places
+
 # Positions whose logits exist at once.
 CHUNK = 512
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes: weights by device, and on top of them what one evaluation and one gradient need (estimates)."""
+    """Bytes: weights by device (or "disk"), and on top of them what one evaluation and one gradient need (estimates)."""
 
     weights: dict[str, int]
     evaluation: int
@@ -33,7 +35,9 @@ def memory_plan(model: nn.Module, length: int, *, recompute: bool) -> MemoryPlan
     kept = (2 * _layers(model) * states + 2 * one_layer) if recompute else activation_bytes(model, length)
     logits = CHUNK * int(_config(model).vocab_size) * (next(model.parameters()).element_size() + 4)
     # The last states, their gradient, and the logits of a chunk with their gradient.
-    return MemoryPlan(_weights(model), one_layer + states + logits, kept + 2 * states + 2 * logits, recompute)
+    brought = _largest_layer(model) if is_offloaded(model) else 0
+    evaluation, gradient = one_layer + states + logits, kept + 2 * states + 2 * logits
+    return MemoryPlan(weight_places(model), evaluation + brought, gradient + brought, recompute)
 
 
 def activation_bytes(model: nn.Module, length: int) -> int:
@@ -57,8 +61,10 @@ def _config(model: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def _weights(model: nn.Module) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for weight in model.parameters():
-        found[str(weight.device)] = found.get(str(weight.device), 0) + weight.numel() * weight.element_size()
-    return found
+def _largest_layer(model: nn.Module) -> int:
+    """Bytes of the largest part whose weights are needed at once: a layer in its backward pass, or lm_head."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    parts: list[nn.Module] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    parts.append(model.get_output_embeddings())  # type: ignore[operator]
+    return max(sum(weight.numel() * weight.element_size() for weight in part.parameters()) for part in parts)

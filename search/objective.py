@@ -13,9 +13,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    set_checkpoint_early_stop,
+)
 
 from longrope_export.evaluation.losses import body_states, check_head, head_logits, state_losses
+from longrope_export.placement import input_device, is_offloaded
 from longrope_export.rotary import FixedRotary, family_of, replace_rotary
 from longrope_export.search.memory import CHUNK, activation_bytes
 from longrope_export.search.mixture import Document, plain
@@ -56,11 +62,12 @@ class ModelObjective:
         self._numbers = numbers
         self._rotary = FixedRotary(numbers.rope_theta, numbers.rotary_dim)
         self._before = replace_rotary(model, self._rotary)
-        self._device = next(model.parameters()).device
+        self._device = input_device(model)
         self._documents = {part: [_passes(each) for each in rows] for part, rows in documents.items()}
         every = (each for rows in self._documents.values() for document in rows for each in document)
         longest = max((each.ids.shape[1] for each in every), default=1)
-        keep = activation_bytes(model, longest) <= KEPT_ACTIVATIONS_BYTES
+        # A backward pass without recomputation would also keep every weight that is brought from elsewhere.
+        keep = activation_bytes(model, longest) <= KEPT_ACTIVATIONS_BYTES and not is_offloaded(model)
         self.recompute = not keep if recompute is None else recompute
         self._unchanged: dict[int, float] = {}
 
@@ -139,13 +146,14 @@ def _head_gradient(model: nn.Module, states: Tensor, piece: _Pass) -> tuple[floa
 
     Each chunk's backward follows its forward at once, so no logits are kept and none are computed twice.
     """
-    targets, weights = piece.targets.to(states.device), piece.weights.to(states.device, torch.float32)
+    targets, weights = piece.targets, piece.weights.to(torch.float32)
     gradients, total = torch.empty_like(states), []
     for place in (slice(start, start + CHUNK) for start in range(0, len(targets), CHUNK)):
         chunk = states[place].requires_grad_()
         with torch.enable_grad():
-            losses = nn.functional.cross_entropy(head_logits(model, chunk).float(), targets[place], reduction="none")
-            (gradients[place],) = torch.autograd.grad(losses @ weights[place], chunk)
+            logits = head_logits(model, chunk).float()
+            losses = nn.functional.cross_entropy(logits, targets[place].to(logits.device), reduction="none")
+            (gradients[place],) = torch.autograd.grad(losses @ weights[place].to(losses.device), chunk)
         total += (losses.detach().double().cpu() * piece.weights[place]).tolist()
     return math.fsum(total), gradients
 
@@ -161,8 +169,11 @@ def _recomputed_layers(model: nn.Module, active: bool) -> Iterator[None]:
     for layer in layers:
         layer.training = layer.gradient_checkpointing = True
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, context_fn=_keeping_attention)
+    # Stopping a layer in its middle, once the backward pass has what it needs, would leave a weight that accelerate
+    # brought for it in memory.
     try:
-        yield
+        with set_checkpoint_early_stop(not is_offloaded(model)):
+            yield
     finally:
         for layer in layers:
             layer.training = layer.gradient_checkpointing = False

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from longrope_export.errors import LongRopeError
-from longrope_export.search.config import DEFAULT_EVALUATIONS, DEFAULT_SECONDS, Budget, SearchConfig, parse_budget
+from longrope_export.search.config import DEFAULT_PASSES, DEFAULT_SECONDS, Budget, SearchConfig, parse_budget
 from longrope_export.search.strategies.critical_dimension import rung_sizes
 
 # A gradient costs its forward pass and a backward pass, which counts as two more.
@@ -24,12 +24,13 @@ _FEWEST_SHORT_EVALUATIONS, _MOST_SHORT_EVALUATIONS = 16, 200
 
 @dataclass(frozen=True)
 class Timing:
-    """Measured seconds of one forward pass and of one gradient, at the long and at the short length."""
+    """Measured seconds of one forward pass and of one gradient, at the long and at the short length, and of an early one."""
 
     forward: float
     gradient: float
     short_forward: float
     short_gradient: float
+    early_gradient: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,8 @@ class Plan:
     """Numbers of everything that a search will do; `units` is their sum, in documents measured at the long length.
 
     `rounds` and `compare_documents` are for several critical indices: how often each is served before they are
-    compared, and on how many documents. `set_*` are for each length in between.
+    compared, and on how many documents. `set_*` are for each length in between; `early_steps` of `steps` are at the early
+    length.
     """
 
     evaluations: int = 0
@@ -52,6 +54,7 @@ class Plan:
     short_evaluations: int = 0
     set_steps: int = 0
     set_evaluations: int = 0
+    early_steps: int = 0
     units: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
@@ -64,7 +67,8 @@ class Sizes:
     """What the costs depend on: documents of each part, closed forms, values of n̂ above 0, L/L', and more.
 
     `unit` is the cost of one search document in forward passes at L' (an objective may need several); `sets` holds
-    ℓ/L' for each length in between; `arms` is the number of critical indices, `population` of candidates a generation.
+    ℓ/L' for each length in between; `arms` is the number of critical indices, `population` of candidates a generation;
+    `early_ratio` is the early steps' length over L', or 0.
     """
 
     documents: int
@@ -78,16 +82,18 @@ class Sizes:
     sets: tuple[float, ...] = ()
     arms: int = 1
     population: int = 1
+    early_ratio: float = 0.0
 
 
 @dataclass(frozen=True)
 class _Costs:
-    """Costs in search documents measured: what one of them is worth in everything else."""
+    """Costs in search documents measured: what one of them is worth in everything else. `early` is of a gradient's."""
 
     gradient: float
     short_forward: float
     short_gradient: float
     sets: tuple[float, ...]
+    early: float
 
 
 def make_plan(config: SearchConfig, sizes: Sizes, measure: Callable[[], Timing]) -> Plan:
@@ -101,14 +107,20 @@ def make_plan(config: SearchConfig, sizes: Sizes, measure: Callable[[], Timing])
     return _PLANNERS[config.method](config, sizes, measured, _costs(sizes, timing))
 
 
-def expected_seconds(config: SearchConfig, plan: Plan, timing: Timing, unit: float) -> float:
-    """Time of a whole plan at the measured pace; `unit` is one search document's cost in forward passes."""
-    by_time = parse_budget(config.budget).evaluations is None
-    # A number of evaluations counts a gradient as three passes, whatever it takes here.
-    excess = 0.0 if by_time else timing.gradient / timing.forward - GRADIENT_UNITS
+def expected_seconds(config: SearchConfig, plan: Plan, timing: Timing, unit: float, early_ratio: float = 0.0) -> float:
+    """Time of a whole plan at the measured pace.
+
+    `unit` is one search document's cost in forward passes, `early_ratio` the early length over L'.
+    """
+    if parse_budget(config.budget).evaluations is None:
+        return timing.forward * unit * plan.units
+    # A number of evaluations counts a gradient as three passes of its length, whatever it takes here.
+    excess = timing.gradient - GRADIENT_UNITS * timing.forward
+    early_excess = timing.early_gradient - GRADIENT_UNITS * early_ratio * timing.forward
     alive = rung_sizes(len(config.critical_indices or (0,)))
-    gradients = plan.steps * plan.documents_per_step * sum(alive) / len(alive)
-    return timing.forward * unit * (plan.units + gradients * excess)
+    each = plan.documents_per_step * sum(alive) / len(alive)
+    excesses = each * ((plan.steps - plan.early_steps) * excess + plan.early_steps * early_excess)
+    return unit * (timing.forward * plan.units + excesses)
 
 
 def _measured(config: SearchConfig, sizes: Sizes, budget: Budget, timing: Timing | None) -> float:
@@ -121,18 +133,19 @@ def _measured(config: SearchConfig, sizes: Sizes, budget: Budget, timing: Timing
     if budget.seconds is not None:
         return affordable
     full = config.evolution.evaluations / (1.0 - _short_share(config) - _sets_share(config, sizes))
-    return min(affordable, DEFAULT_EVALUATIONS.get(config.method, full) * sizes.documents)
+    return min(affordable, DEFAULT_PASSES.get(config.method, full * sizes.documents))
 
 
 def _costs(sizes: Sizes, timing: Timing | None) -> _Costs:
     sets = tuple(ratio / sizes.unit for ratio in sizes.sets)
     short = sizes.short_ratio / sizes.unit
     if timing is None:
-        return _Costs(GRADIENT_UNITS, short, short * GRADIENT_UNITS, sets)
+        return _Costs(GRADIENT_UNITS, short, short * GRADIENT_UNITS, sets, sizes.early_ratio)
     whole = timing.forward * sizes.unit
     return _Costs(
-        max(1.0, timing.gradient / timing.forward), timing.short_forward / whole, timing.short_gradient / whole, sets
-    )
+        max(1.0, timing.gradient / timing.forward), timing.short_forward / whole, timing.short_gradient / whole, sets,
+        timing.early_gradient / timing.gradient,
+    )  # fmt: skip
 
 
 def _short_share(config: SearchConfig) -> float:
@@ -199,6 +212,8 @@ def _plan_gradient(config: SearchConfig, sizes: Sizes, measured: float, costs: _
     rungs, share, compared = _rungs(sizes)
     compare = baseline if sizes.arms > 1 else 0
     fixed += short * costs.short_gradient + sets * sum(costs.sets) * costs.gradient + compared * compare
+    early = config.early_share if sizes.early_ratio else 0.0
+    costs = replace(costs, gradient=costs.gradient * (1.0 - early * (1.0 - costs.early)))
     gradients = math.floor((measured - fixed) / costs.gradient * share + 1e-9)
     given = config.gradient.documents_per_step
     if gradients < (given or 1) * rungs:
@@ -211,7 +226,7 @@ def _plan_gradient(config: SearchConfig, sizes: Sizes, measured: float, costs: _
     return Plan(
         baseline_documents=baseline, steps=steps, documents_per_step=wide, checkpoints=checkpoints,
         rounds=steps // rungs, compare_documents=compare, start_documents=starts, short_steps=short, set_steps=sets,
-        units=units + _final_units(sizes, costs),
+        early_steps=round(early * steps), units=units + _final_units(sizes, costs),
     )  # fmt: skip
 
 

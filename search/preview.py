@@ -7,7 +7,7 @@ from typing import Any
 
 from longrope_export.errors import LongRopeError
 from longrope_export.search.config import LLAMACPP, SearchConfig
-from longrope_export.search.factors import new_plan, search_parts
+from longrope_export.search.factors import early_length, new_plan, search_parts
 from longrope_export.search.memory import MemoryPlan, memory_plan
 from longrope_export.search.objective import ModelObjective
 from longrope_export.search.plan import Plan, Timing, expected_seconds
@@ -62,17 +62,18 @@ def preview_search(config: SearchConfig) -> SearchPreview:
         raise LongRopeError("--dry-run measures with torch; leave llamacpp out of --objective to see the plan")
     with opened(config) as inputs:
         numbers = inputs.numbers
-        resolved = config.resolve(numbers, inputs.kind)
+        resolved = config.with_documents(len(inputs.rows)).resolve(numbers, inputs.kind)
         bos = getattr(inputs.model.config, "bos_token_id", None)
         parts = search_parts(inputs.rows, numbers, resolved, bos, inputs.tokenizer)
         objective = ModelObjective(inputs.model, numbers, parts)
         try:
-            timing = probe(objective, numbers, resolved.method == "gradient")
+            timing = probe(objective, numbers, resolved.method == "gradient", early_length(resolved, numbers))
             plan = new_plan(objective, numbers, resolved, parts, timing)
             memory = memory_plan(inputs.model, numbers.target, recompute=objective.recompute)
         finally:
             objective.close()
-    seconds = expected_seconds(resolved, plan, timing, resolved.mixture.passes(numbers.scale))
+    ratio = (early_length(resolved, numbers) or 0) / numbers.target
+    seconds = expected_seconds(resolved, plan, timing, resolved.mixture.passes(numbers.scale), ratio)
     return SearchPreview(resolved, numbers.window, numbers.target, plan, timing, seconds, memory)
 
 

@@ -13,8 +13,8 @@ from longrope_export.search.space import RopeNumbers
 _DIRECT_SECONDS = 3.0
 
 
-def probe(objective: TimedObjective, numbers: RopeNumbers, gradient: bool) -> Timing:
-    """Seconds of each kind of pass; the gradients' are the forwards' when `gradient` is False."""
+def probe(objective: TimedObjective, numbers: RopeNumbers, gradient: bool, early: int | None = None) -> Timing:
+    """Seconds of each kind of pass; the gradients' are the forwards' when `gradient` is False; `early` is in tokens."""
     candidate = numbers.unchanged()
 
     def seconds(part: str, length: int, with_gradient: bool) -> float:
@@ -26,9 +26,11 @@ def probe(objective: TimedObjective, numbers: RopeNumbers, gradient: bool) -> Ti
     if not gradient:
         return Timing(long, long, short, short)
     short_gradient = seconds(SHORT_SEARCH, numbers.window, True)
-    return Timing(
-        long, _extrapolated(lambda length: seconds(SEARCH, length, True), numbers.target), short, short_gradient
+    long_gradient, early_gradient = (
+        _extrapolated(lambda length: seconds(SEARCH, length, True), target) if target else 0.0
+        for target in (numbers.target, early)
     )
+    return Timing(long, long_gradient, short, short_gradient, early_gradient)
 
 
 def _timed(call: Callable[[], None]) -> float:

@@ -18,7 +18,7 @@ class SearchResult:
     otherwise; `retention` is always perplexity, at the window L. `evaluations` are candidates measured on all search
     documents (a gradient counts 3; a pass at another length in proportion), `validation_evaluations` the same spent on
     the documents that only choose or report. `history` is the best loss after each generation, or the loss at each
-    step. `complete` is False for the best so far of a search that was stopped.
+    step. `documents` is how many were searched on. `complete` is False for the best so far of a search that was stopped.
     """
 
     scaling: RopeScaling
@@ -34,6 +34,7 @@ class SearchResult:
     report_perplexity: Mapping[str, float] = field(default_factory=dict)
     retention: Mapping[str, float] = field(default_factory=dict)
     complete: bool = True
+    documents: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
@@ -51,6 +52,7 @@ class SearchResult:
             "history": [value if math.isfinite(value) else None for value in self.history],
             "notes": list(self.notes),
             "complete": self.complete,
+            "documents": self.documents,
         }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +95,8 @@ def _search(
 def _llamacpp_search(
     config: SearchConfig, inputs: Inputs, journal: Path, progress: Progress | None, patch: Patcher
 ) -> SearchResult:
-    numbers, resolved = inputs.numbers, config.resolve(inputs.numbers, inputs.kind)
+    numbers = inputs.numbers
+    resolved = config.with_documents(len(inputs.rows)).resolve(numbers, inputs.kind)
     init, tokenizer = read_init(resolved, numbers), inputs.tokenizer
     parts = search_parts(inputs.rows, numbers, resolved, tokenizer.bos_token_id, tokenizer)
     with llamacpp_source(config, inputs, parts, patch) as source, source.open() as objective:
@@ -112,7 +113,7 @@ def _llamacpp_search(
 @dataclass(frozen=True)
 class Inputs:
     """What a search reads: the model in memory (None when llama.cpp measures), its numbers, kind, fingerprint and
-    dtype, token rows, and the tokenizer.
+    dtype, token rows, the tokenizer, and how the model is placed on devices.
     """
 
     model: Any
@@ -122,6 +123,7 @@ class Inputs:
     dtype: str
     rows: list[npt.NDArray[np.int64]]
     tokenizer: Any
+    placement: Mapping[str, Any]
 
 
 @contextlib.contextmanager
@@ -142,14 +144,16 @@ def opened(config: SearchConfig, patch: Patcher | None = None) -> Iterator[Input
 
         from longrope_export.evaluation.documents import evaluation_rows, load_tokenizer
         from longrope_export.loader import load
+        from longrope_export.placement import placement_options
 
-        needed = config.documents + config.validation_documents + config.report_documents
+        placement = placement_options(config.device_map, config.max_memory)
+        least, most = config.needed_rows
         tokenizer = load_tokenizer(config.model)
-        rows = evaluation_rows(config.data, tokenizer, numbers.target, needed)
+        rows = evaluation_rows(config.data, tokenizer, numbers.target, most, least=least)
         dtype = choose_dtype(config.dtype, description)
-        model = None if config.engine == LLAMACPP else load(config.model, dtype=getattr(torch, dtype))
+        model = None if config.engine == LLAMACPP else load(config.model, dtype=getattr(torch, dtype), **placement)
         ids = [row.token_ids for row in rows]
-        yield Inputs(model, numbers, description.kind, fingerprint(config.model), dtype, ids, tokenizer)
+        yield Inputs(model, numbers, description.kind, fingerprint(config.model), dtype, ids, tokenizer, placement)
 
 
 def numbers_of(description: ModelDescription, target: str) -> RopeNumbers:

@@ -125,6 +125,7 @@ class Stages:
         return SearchResult(
             replace(record, sets=sets), long.chosen, short_chosen, dict(long.search), dict(long.validation), searched,
             other, long.history, self._notes(long, complete), self._config.objective, dict(report), dict(kept), complete,
+            self._config.documents,
         )  # fmt: skip
 
     def _spent(self, *, search: bool) -> float:

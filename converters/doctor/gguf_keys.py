@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from longrope_export.converters.doctor.findings import NEEDS_SOURCE, Finding
 from longrope_export.converters.doctor.gguf_facts import GgufFacts
 from longrope_export.converters.gguf.rewrite import GgufChanges
-from longrope_export.formats.gguf_scaling import RECORD_KEY
+from longrope_export.formats.gguf_scaling import FOLDED_KEY, RECORD_KEY
 from longrope_export.rope.formulas import longrope_attention_factor
 from longrope_export.runtimes.llamacpp import CONTEXT_GRANULE
 from longrope_export.scaling import RopeScaling
@@ -62,6 +62,8 @@ def attention(facts: GgufFacts) -> Iterator[Finding]:
             yield facts.record_finding(
                 "G17", f"{facts.key(_ATTENTION)} is {value:.6g}, transformers' formula gives {formula:.6g}"
             )
+    elif FOLDED_KEY in facts.header.metadata:
+        return
     elif value is None and isinstance(facts.embedded, RopeScaling) and facts.embedded.long_attention_factor != 1.0:
         expected = facts.embedded.long_attention_factor
         yield facts.record_finding("G16", f"{facts.key(_ATTENTION)} is missing; the record has {expected:.6g}")

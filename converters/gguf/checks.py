@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from longrope_export.converters.lossy import gguf_losses, refuse_losses, undone_losses
 from longrope_export.errors import InputFileError, ScalingError, UnsupportedModelError
 from longrope_export.formats.gguf_header import GgufHeader
-from longrope_export.formats.gguf_scaling import STATIC_TENSOR, gguf_rotary_dim
-from longrope_export.gguf_architectures import GGUF_ARCHITECTURES, gguf_architecture
+from longrope_export.formats.gguf_scaling import RECORD_KEY, STATIC_TENSOR, gguf_rotary_dim
+from longrope_export.gguf_architectures import GGUF_ARCHITECTURES, USED, gguf_architecture
 from longrope_export.scaling import RopeScaling, to_float32
 
 if TYPE_CHECKING:
@@ -21,15 +21,24 @@ LLAMA_CPP_DEFAULT_THETA = 10000.0
 _SCALING_KEYS = ("rope.scaling.factor", "rope.scale_linear")
 
 
-def check_patchable(header: GgufHeader, scaling: RopeScaling, *, allow_lossy: bool) -> list[str]:
-    """Refuse what cannot work; return the losses that `allow_lossy` permits."""
+def check_patchable(header: GgufHeader, scaling: RopeScaling, *, allow_lossy: bool, static: bool = False) -> list[str]:
+    """Refuse what cannot work; return the losses that `allow_lossy` permits.
+
+    `static`: the factors are to stand in the file as one set for every length.
+    """
     architecture = _architecture(header)
     _check_unsplit(header)
-    check_architecture(str(header.path), architecture)
+    check_architecture(str(header.path), architecture, static=static)
+    check_shape(header, scaling)
+    losses = gguf_losses(scaling, static=static) + window_losses(header, scaling) + composition_losses(header, scaling)
+    return refuse_losses(str(header.path), losses, allow_lossy=allow_lossy)
+
+
+def check_shape(header: GgufHeader, scaling: RopeScaling) -> None:
+    """Raise `ScalingError` when the record has another number of factors or another base than the file."""
+    architecture = _architecture(header)
     _check_rotary_dim(header, architecture, scaling)
     _check_theta(header, architecture, scaling)
-    losses = gguf_losses(scaling) + window_losses(header, scaling) + composition_losses(header, scaling)
-    return refuse_losses(str(header.path), losses, allow_lossy=allow_lossy)
 
 
 def existing_factors(header: GgufHeader) -> npt.NDArray[np.float64] | None:
@@ -77,12 +86,16 @@ def _check_unsplit(header: GgufHeader) -> None:
         )
 
 
-def check_architecture(name: str, architecture: str) -> None:
-    """Raise `UnsupportedModelError` unless llama.cpp rotates `architecture` with long and short factors."""
+def check_architecture(name: str, architecture: str, *, static: bool = False) -> None:
+    """Raise `UnsupportedModelError` unless llama.cpp rotates `architecture` with long and short factors (`static`: with
+    one set for every length).
+    """
     row = gguf_architecture(architecture)
     if not row.has_rope:
         raise UnsupportedModelError(f"{name} has no rotary position embeddings (architecture {architecture})")
-    if not row.honours_factors:
+    if static and row.static != USED:
+        raise UnsupportedModelError(f"{name}: llama.cpp's {architecture} architecture has no place for {STATIC_TENSOR}")
+    if not static and not row.honours_factors:
         honouring = ", ".join(sorted(entry.name for entry in GGUF_ARCHITECTURES.values() if entry.honours_factors))
         raise UnsupportedModelError(
             f"{name}: llama.cpp applies no long and short factors in architecture {architecture}; "
@@ -133,13 +146,24 @@ def window_losses(header: GgufHeader, scaling: RopeScaling) -> list[str]:
     original = _integer(header, f"{architecture}.rope.scaling.original_context_length") or window
     if scaling.original_max_position_embeddings in (window, original):
         return []
+    if _converted_without_factors(header) and window == scaling.max_position_embeddings:
+        return []
     return [f"the record extends a window of {scaling.original_max_position_embeddings}, the file has {original}"]
+
+
+def _converted_without_factors(header: GgufHeader) -> bool:
+    """Whether llama.cpp's converter made the file of an extended folder: of longrope it writes the type's name only."""
+    architecture = header.get("general.architecture")
+    original = f"{architecture}.rope.scaling.original_context_length"
+    return header.get(f"{architecture}.rope.scaling.type") == "longrope" and original not in header.metadata
 
 
 def composition_losses(header: GgufHeader, scaling: RopeScaling) -> list[str]:
     """Total divisors cannot undo half of what the file's own static factors do; then they were not
     composed.
     """
+    if RECORD_KEY in header.metadata:  # what stands there is a record's total, not the model's own
+        return []
     existing = existing_factors(header)
     if existing is None:
         return []

@@ -105,5 +105,5 @@ def _write_header(descriptor: int, header: bytes) -> None:
     write_at(descriptor, SPOILED_MAGIC + header[len(MAGIC) : _PAGE], 0)
     write_at(descriptor, header[_PAGE:], _PAGE)
     os.fsync(descriptor)
-    write_at(descriptor, MAGIC, 0)
+    write_at(descriptor, header[: len(MAGIC)], 0)
     os.fsync(descriptor)

@@ -16,6 +16,7 @@ from longrope_export.formats.unfinished import SPOILED_MAGIC, record_path
 
 Outcome = Literal["finished", "undone"]
 _ROOM = 16 << 20
+_LENGTH_BYTES = 8
 
 
 def recover(path: Path) -> Outcome | None:
@@ -34,9 +35,12 @@ def recover(path: Path) -> Outcome | None:
 
 def _mend(path: Path, descriptor: int, place: Path) -> Outcome:
     record = _read(path, place, limit=2 * os.fstat(descriptor).st_size + _ROOM)
-    intact = os.pread(descriptor, len(MAGIC), 0) == MAGIC
+    beginning = os.pread(descriptor, len(MAGIC), 0)
+    intact = record is not None and beginning in _beginnings(record)
     if record is None:
-        if not intact:
+        # a safetensors file has no magic to tell
+        spoiled = beginning in (SPOILED_MAGIC, bytes(len(MAGIC)))
+        if spoiled or (beginning != MAGIC and path.suffix != ".safetensors"):
             raise _strange(path, "the record is damaged")
         # The magic is spoiled only after the record is whole on the disk.
         remove_record(path)
@@ -64,6 +68,14 @@ def _read(path: Path, place: Path, *, limit: int) -> Record | None:
         raise _strange(path, "the record is not of this version") from None
 
 
+def _beginnings(record: Record) -> tuple[bytes, bytes]:
+    """The file's first four bytes before and after the change: GGUF's magic, or the length of a safetensors header."""
+    if record.header_before.startswith(MAGIC):
+        return MAGIC, MAGIC
+    length = record.header_after_size - _LENGTH_BYTES
+    return record.header_before[: len(MAGIC)], length.to_bytes(_LENGTH_BYTES, "little")[: len(MAGIC)]
+
+
 def _intact_outcome(path: Path, descriptor: int, record: Record) -> Outcome:
     size = os.fstat(descriptor).st_size
     header = os.pread(descriptor, max(len(record.header_before), record.header_after_size), 0)
@@ -79,7 +91,7 @@ def _check_data(path: Path, descriptor: int, record: Record) -> None:
     """The data must be where the file's size says; a power cut in the middle of the shift may have torn them."""
     magic = os.pread(descriptor, len(MAGIC), 0)
     # Half-written ones too; zeros are what inserting room leaves.
-    if not all(byte in (0, good, spoiled) for byte, good, spoiled in zip(magic, MAGIC, SPOILED_MAGIC)):
+    if not all(byte in (0, *known) for byte, *known in zip(magic, *_beginnings(record), SPOILED_MAGIC, strict=False)):
         raise _strange(path, "the file was changed since")
     size = os.fstat(descriptor).st_size
     ends = sorted((record.size_before, record.size_before + record.growth))

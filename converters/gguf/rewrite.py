@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from longrope_export.converters.copying import copy_range
-from longrope_export.converters.gguf.encode import Int32, encode_entry, encode_head, encode_tensor_info
+from longrope_export.converters.gguf.encode import Int32, encode_entry, encode_head, encode_string, encode_tensor_info
 from longrope_export.converters.gguf.in_place_undo import UNDO_KEY
 from longrope_export.errors import InputFileError, OutputError
 from longrope_export.files import atomic_output
@@ -23,6 +23,7 @@ from longrope_export.formats.gguf_header import GgufHeader, TensorInfo, align, r
 from longrope_export.formats.gguf_shards import TENSORS_KEY, shard_paths
 
 _F32 = 0
+_LENGTH = struct.Struct("<Q")
 
 
 @dataclass(frozen=True)
@@ -134,12 +135,18 @@ def vector_bytes(alignment: int, changes: GgufChanges) -> bytes:
 def _entry_bytes(header: GgufHeader, changes: GgufChanges) -> tuple[bytes, int]:
     raw = read_range(header.path, header.kv_start, header.kv_end)
     untouched = [
-        raw[entry.start - header.kv_start : entry.end - header.kv_start]
+        _renamed(raw[entry.start - header.kv_start : entry.end - header.kv_start], key)
         for key, entry in header.metadata.items()
         if key not in changes.entries and key not in changes.removed and key != UNDO_KEY  # it is about the old layout
     ]
     added = [encode_entry(key, value) for key, value in changes.entries.items()]
     return b"".join(untouched + added), len(untouched) + len(added)
+
+
+def _renamed(record: bytes, key: str) -> bytes:
+    """A key-value record under the name that the header gives it, which in a disguised one is not the file's."""
+    (length,) = _LENGTH.unpack_from(record)
+    return encode_string(key) + record[_LENGTH.size + length :]
 
 
 def _info_bytes(header: GgufHeader, kept: list[TensorInfo], changes: GgufChanges) -> bytes:

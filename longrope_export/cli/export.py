@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     "--dtype", type=click.Choice(["f32", "f16", "bf16", "q8_0"]),
     help="Of the GGUF made from a folder (default f16), or of the folder made from a GGUF (default f32).",
 )  # fmt: skip
+@click.option(
+    "--for", "profile", type=click.Choice(["default", "exllamav2", "mlx-phi3", "sglang"]), default="default",
+    help="For whom config.json is written; the default is read by transformers 4 and 5, vLLM and SGLang.",
+)  # fmt: skip
 @click.option("--writer", help="Write with another package's writer instead (docs/writers.md).")
 @click.option("--no-gguf", is_flag=True, help="Write the HF folder only.")
 @click.option("--no-hf", is_flag=True, help="Write the GGUF only.")
@@ -34,6 +38,7 @@ def export(
     record: Path,
     out: Path,
     dtype: str | None,
+    profile: str,
     writer: str | None,
     no_gguf: bool,
     no_hf: bool,
@@ -49,8 +54,10 @@ def export(
     Example:
       longrope export MODEL --scaling longrope.json --out longer --dtype q8_0
     """
-    if writer is not None and (no_gguf or no_hf or dtype):
-        raise click.UsageError("--dtype, --no-gguf and --no-hf do not go with --writer")
+    if writer is not None and (no_gguf or no_hf or dtype or profile != "default"):
+        raise click.UsageError("--dtype, --for, --no-gguf and --no-hf do not go with --writer")
+    if profile != "default" and (no_hf or not no_gguf):
+        raise click.UsageError("--for is about the HF folder alone; add --no-gguf")
     if no_gguf and no_hf:
         raise click.UsageError("--no-gguf and --no-hf together leave nothing to write")
     from longrope_export.converters.export import export_model
@@ -62,8 +69,11 @@ def export(
     if writer is not None:
         _write_with(writer, model, out, scaling, allow_lossy, as_json)
         return
-    result = export_model(model, out, scaling, dtype=dtype, gguf=not no_gguf, hf=not no_hf, allow_lossy=allow_lossy)
+    result = export_model(
+        model, out, scaling, dtype=dtype, gguf=not no_gguf, hf=not no_hf, profile=profile, allow_lossy=allow_lossy
+    )
     notes = [] if no_gguf else gguf_notes(scaling)
+    notes += [] if no_hf or profile != "default" else _misreaders(out, scaling)
     gguf = str(result.gguf) if result.gguf else None
     if as_json:
         print_json({"folder": str(out), "gguf": gguf, "lossy": result.lossy, "notes": notes})
@@ -75,6 +85,14 @@ def export(
         click.echo(f"lost: {line}")
     for line in notes:
         click.echo(f"note: {line}")
+
+
+def _misreaders(folder: Path, scaling: RopeScaling) -> list[str]:
+    from longrope_export.converters.hf_config import language_model
+    from longrope_export.converters.hf_profiles import default_misreaders
+    from longrope_export.formats.hf_config import read_json
+
+    return default_misreaders(language_model(read_json(folder / "config.json")).family, scaling)
 
 
 def _write_with(name: str, model: Path, out: Path, scaling: RopeScaling, allow_lossy: bool, as_json: bool) -> None:

@@ -25,6 +25,7 @@ COMMANDS = {
     "patch": ("patch", "patch", "Embed factors in an existing GGUF file; no weight is touched."),
     "unpatch": ("unpatch", "unpatch", "Undo `patch --in-place`: every byte as it was."),
     "export": ("export", "export", "Write an HF folder and a GGUF from one model and one record."),
+    "convert": ("convert", "convert", "Write one GGUF file with factors: of any family, with llama.cpp's own script."),
     "read": ("read", "read", "Give the scaling record back from any file that carries one."),
     "import": ("import_", "import_command", "Make longrope.json from another tool's factors or a config."),
     "doctor": ("doctor", "doctor", "Find and mend wrong RoPE scaling in a GGUF file or a model folder."),

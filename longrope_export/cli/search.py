@@ -61,7 +61,9 @@ def _names(ctx: click.Context, param: click.Parameter, text: str | None) -> tupl
 )
 @click.option("--last-share", type=float, help="Share of the tokens that `last` scores.  [default: 0.25]")
 @click.option("--budget", help="Time (90s, 45m, 1.5h) or number of evaluations.  [default: from a probe]")
-@click.option("--documents", type=int, help="Documents to search on.  [default: 4]")
+@click.option(
+    "--documents", type=int, help="Documents to search on; 0: all there are, up to 16 (populations: 5).  [default: 0]"
+)
 @click.option("--validation-documents", type=int, help="Documents that only choose.  [default: 2]")
 @click.option(
     "--report-documents", type=int, help="Documents that are measured at the end and choose nothing.  [default: 0]"
@@ -113,6 +115,16 @@ def _names(ctx: click.Context, param: click.Parameter, text: str | None) -> tupl
     help="Where candidates are measured: this process, several here, or a Ray cluster.  [default: local]",
 )
 @click.option("--workers", type=int, help="processes, ray: how many, each with the model in memory.  [default: 2]")
+@click.option(
+    "--device-map",
+    metavar="NAME|FILE",
+    help="Place the model through accelerate: auto, cuda:0, … or a JSON file of {module: device}.  [default: CPU]",
+)
+@click.option(
+    "--max-memory",
+    metavar="DEVICE=SIZE,…",
+    help="With --device-map auto: what weights may fill, such as 0=20GiB,cpu=60GiB; the rest stays on disk.",
+)
 @click.option("--init", type=click.Path(path_type=Path), help="gradient, cmaes: start from this longrope.json.")
 @click.option(
     "--learn-attention/--no-learn-attention",
@@ -124,7 +136,7 @@ def _names(ctx: click.Context, param: click.Parameter, text: str | None) -> tupl
     type=click.Choice(["none", "monotone", "paper"]),
     help="gradient, cmaes: keep λ non-decreasing, or also within the paper's bounds.  [default: none]",
 )
-@click.option("--learning-rate", type=float, help="gradient: largest step of log λ.  [default: 0.12]")
+@click.option("--learning-rate", type=float, help="gradient: largest step of log λ.  [default: 0.2]")
 @click.option(
     "--attention-rate", type=float, help="gradient: the same for the attention factor, as a share.  [default: 0.25]"
 )
@@ -133,8 +145,14 @@ def _names(ctx: click.Context, param: click.Parameter, text: str | None) -> tupl
     type=float,
     help="gradient: pairs that turn more often than this within the window move slower.  [default: 1.0]",
 )
+@click.option(
+    "--early-length",
+    metavar="LENGTH",
+    help="gradient: make the early steps on pieces of this length, such as 16k or 2x.  [default: none]",
+)
+@click.option("--early-share", type=float, help="gradient: share of the steps that are early.  [default: 0.75]")
 @click.option("--warm-up", type=float, help="gradient: share of the steps with a rising rate.  [default: 0.1]")
-@click.option("--trust-region", type=float, help="gradient: no log λ moves further in a step.  [default: 0.15]")
+@click.option("--trust-region", type=float, help="gradient: no log λ moves further in a step.  [default: 0.25]")
 @click.option("--average", type=float, help="gradient: share of the last steps that is averaged.  [default: 0.3]")
 @click.option(
     "--patience", type=int, help="gradient, cmaes: checkpoints without a better one before it stops.  [default: 3]"
@@ -239,6 +257,8 @@ def search_config(options: dict[str, Any]) -> SearchConfig:
     for name in ("optimiser", "critical_indices"):
         if name in given and strategy != "critical-dim":
             raise click.UsageError(f"--{name.replace('_indices', '-index')} belongs to --strategy critical-dim")
+    if {"early_length", "early_share"} & given.keys() and (method != "gradient" or "early_length" not in given):
+        raise click.UsageError("--early-share needs --early-length, and both belong to --strategy gradient")
     if given.get("race") and method == "gradient":
         raise click.UsageError("--race belongs to --strategy evolution or cmaes")
     base = EvolutionOptions()
@@ -270,7 +290,7 @@ def _lines(result: SearchResult, config: SearchConfig) -> list[str]:
         *_table(result.retention),
         f"long factors {min(scaling.long_factor):.3f} to {max(scaling.long_factor):.3f}, "
         f"attention factor {scaling.long_attention_factor:.4f}, start tokens {scaling.long_start_tokens}",
-        f"{result.evaluations:.1f} evaluations of {config.documents} documents "
+        f"{result.evaluations:.1f} evaluations of {result.documents} documents "
         f"(and {result.validation_evaluations:.1f} to choose)",
         *(f"note: {line}" for line in result.notes),
         f"written: {config.out}/longrope.json",

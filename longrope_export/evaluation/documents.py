@@ -131,10 +131,11 @@ def evaluation_rows(
     documents: int | None = None,
     *,
     at_most: int | None = None,
+    least: int | None = None,
 ) -> list[Row]:
     """Rows of exactly `length` tokens from text files and folders; see `rows_from_texts`."""
     texts = ((str(path), read_text(path)) for path in find_text_files(paths))
-    return rows_from_texts(texts, tokenizer, length, documents, at_most=at_most)
+    return rows_from_texts(texts, tokenizer, length, documents, at_most=at_most, least=least)
 
 
 def rows_from_texts(
@@ -144,14 +145,15 @@ def rows_from_texts(
     documents: int | None = None,
     *,
     at_most: int | None = None,
+    least: int | None = None,
 ) -> list[Row]:
     """Rows `[BOS if the tokenizer has one] + tokens`, each exactly `length` tokens, from (name, text) pairs.
 
     Every text that is long enough gives its beginning, in the given order; when that is fewer than
     `documents`, second pieces follow in the same order, then third ones: pieces of one text are consecutive
-    and disjoint. Without `documents`, one row per text that is long enough, `at_most` many. Texts that are too
-    short are passed over. Raises `TextTooShortError`, naming the longest text and its tokens, when the rows do
-    not suffice.
+    and disjoint. With `least`, fewer than `documents` will do. Without `documents`, one row per text that is long
+    enough, `at_most` many. Texts that are too short are passed over. Raises `TextTooShortError`, naming the longest
+    text and its tokens, when the rows do not suffice.
     """
     if length < 2 or (documents is not None and documents < 1):
         raise TextTooShortError(f"{documents} documents of {length} tokens: at least 1 of 2 tokens is needed")
@@ -169,8 +171,9 @@ def rows_from_texts(
         if enough is not None and len(pieces) >= enough:
             break
     rows = _round_robin(pieces)[:documents]
-    if len(rows) < (documents or 1):
-        raise TextTooShortError(_too_short(len(rows), length, documents, longest, most))
+    needed = least or documents or 1
+    if len(rows) < needed:
+        raise TextTooShortError(_too_short(len(rows), length, needed, longest, most))
     return rows
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from longrope_export.errors import UnsupportedModelError
+from longrope_export.placement import input_device
 
 # Logits become losses in blocks of about this many float32 values, which stay in the processor's cache: at a vocabulary
 # of 49,152 that is five times as fast as on whole chunks.
@@ -78,7 +79,7 @@ def check_head(model: nn.Module) -> None:
     """Raise `UnsupportedModelError` when body plus `head_logits` are not the logits that the model itself gives."""
     if model in _checked:
         return
-    ids = torch.tensor([[1, 2, 3]], device=next(model.parameters()).device)
+    ids = torch.tensor([[1, 2, 3]], device=input_device(model))
     with torch.no_grad():
         own = model(input_ids=ids, use_cache=False).logits[0].float()
         ours = head_logits(model, body_states(model, ids)[0]).float()
@@ -99,6 +100,7 @@ def _chunk_losses(model: nn.Module, states: Tensor, targets: Tensor) -> Tensor:
 
 def _losses(model: nn.Module, states: Tensor, targets: Tensor) -> Tensor:
     logits = head_logits(model, states)
+    targets = targets.to(logits.device)  # a placed model's lm_head may stand elsewhere
     rows = max(1, _BLOCK_VALUES // logits.shape[-1])
     blocks = list(zip(torch.split(logits, rows), torch.split(targets, rows)))
     if logits.requires_grad:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from longrope_export.errors import NumericalError, TextTooShortError
 from longrope_export.evaluation.documents import bos_ids, encode
 from longrope_export.evaluation.losses import body_states, check_head, head_logits
+from longrope_export.placement import input_device
 
 # Mohtashami & Jaggi, "Landmark Attention" (arXiv 2305.16300); the five parts are joined by line breaks.
 INTRODUCTION = (
@@ -185,7 +186,7 @@ def forced_correct(model: nn.Module, tokenizer: Any, prompt: PasskeyPrompt) -> b
 
     A token of white space alone before the digits is formatting, not retrieval, and is not scored.
     """
-    ids = torch.tensor([[*prompt.prompt_ids, *prompt.answer_ids]], device=_device(model))
+    ids = torch.tensor([[*prompt.prompt_ids, *prompt.answer_ids]], device=input_device(model))
     start = len(prompt.prompt_ids) - 1
     with torch.no_grad():
         logits = head_logits(model, body_states(model, ids)[0, start:-1])
@@ -203,7 +204,7 @@ def generated_text(model: Any, tokenizer: Any, prompt: PasskeyPrompt) -> str:
     """Greedy continuation of the prompt, one token longer than the answer; the model never sees more than `length`."""
     from transformers import GenerationConfig
 
-    ids = torch.tensor([prompt.prompt_ids], device=_device(model))
+    ids = torch.tensor([prompt.prompt_ids], device=input_device(model))
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=len(prompt.answer_ids) + 1,
@@ -219,7 +220,3 @@ def first_number(text: str) -> str | None:
     """First run of digits in `text`, or None."""
     found = re.search(r"\d+", text)
     return found.group() if found else None
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

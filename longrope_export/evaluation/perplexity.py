@@ -22,6 +22,7 @@ from longrope_export.errors import NumericalError, TextTooShortError, Unsupporte
 from longrope_export.evaluation.documents import Row, iter_ids
 from longrope_export.evaluation.losses import body_states, check_head, token_losses
 from longrope_export.evaluation.passes import forward_lengths, is_dynamic, original_window, rotation_of
+from longrope_export.placement import input_device
 
 __all__ = ["LengthResult", "PerplexityResult", "SpanResult", "evaluate_perplexity", "token_losses"]
 
@@ -131,7 +132,7 @@ def _run(
     chunk: int,
     progress: Progress | None,
 ) -> dict[int, npt.NDArray[np.float32]]:
-    device = next(model.parameters()).device
+    device = input_device(model)
     done, everything = 0, sum(lengths) * len(ids)
     losses = {length: np.empty((len(ids), length - 1), np.float32) for length in lengths}
     if is_dynamic(model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,8 @@ from longrope_export.gguf_architectures import GGUF_ARCHITECTURES
 from longrope_export.scaling import MAX_ROTARY_DIM, Factors, RopeScaling
 
 RECORD_KEY = "longrope_export.scaling"
+# The attention factor that is in the softmax scale instead of on cos and sin (granite's attention.scale).
+FOLDED_KEY = "longrope_export.attention_factor_in_scale"
 LONG_TENSOR = "rope_factors_long.weight"
 SHORT_TENSOR = "rope_factors_short.weight"
 STATIC_TENSOR = "rope_freqs.weight"
@@ -98,7 +101,7 @@ def _static_scaling(header: GgufHeader, own: RopeScaling) -> RopeScaling:
 def _record(header: GgufHeader, long: Factors, short: Factors, source: str) -> RopeScaling:
     _check_length(header, len(long))
     window = _count(header, "context_length", None)
-    attention = _real(header, "rope.scaling.attn_factor", 1.0)
+    attention = _attention_factor(header, 2 * len(long))
     return RopeScaling(
         rope_theta=_real(header, "rope.freq_base", 10000.0),
         rotary_dim=2 * len(long),
@@ -110,6 +113,20 @@ def _record(header: GgufHeader, long: Factors, short: Factors, source: str) -> R
         short_attention_factor=attention,
         provenance={"source": source},
     )
+
+
+def _attention_factor(header: GgufHeader, rotary_dim: int) -> float:
+    """The key's, or the one that our own key says to be in the softmax scale, which must hold it."""
+    folded = header.get(FOLDED_KEY)
+    if folded is None:
+        return _real(header, "rope.scaling.attn_factor", 1.0)
+    scale = _real(header, "attention.scale", 0.0)
+    if not isinstance(folded, float) or not math.isclose(folded**2, scale * rotary_dim**0.5, rel_tol=1e-5):
+        raise InputFileError(
+            f"{header.path}: attention.scale is {scale:g}, which does not hold the attention factor {folded} of "
+            f"{FOLDED_KEY}; write the file again"
+        )
+    return folded
 
 
 def architecture_key(header: GgufHeader, name: str) -> str:

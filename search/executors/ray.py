@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -23,17 +24,19 @@ class RayWorkers:
     """Ray actors that load the model once and get the next trial when they are free.
 
     Uses the Ray that this program is connected to, else the cluster that `RAY_ADDRESS` or `ray start` names, else
-    starts one here, which `close` ends. A lost actor is started again by Ray and its trial done again; `RuntimeFailure`
+    starts one here, which `close` ends. With `gpus` the workers share the cluster's free GPUs evenly, and each sees its
+    own ones alone. A lost actor is started again by Ray and its trial done again; `RuntimeFailure`
     when that fails three times. An error of the objective is raised as it is.
 
     Raises `MissingDependencyError` without Ray.
     """
 
-    def __init__(self, source: ObjectiveSource, workers: int, threads: int = 1) -> None:
+    def __init__(self, source: ObjectiveSource, workers: int, threads: int = 1, *, gpus: bool = False) -> None:
         self._ray = _import_ray()
         self._own = _connect(self._ray, workers * threads)
         actor = self._ray.remote(RayWorker)
-        options = {"num_cpus": threads, "max_restarts": -1, "max_task_retries": _RETRIES}
+        share = gpu_share(int(self._ray.available_resources().get("GPU", 0)), workers) if gpus else 0
+        options = {"num_cpus": threads, "num_gpus": share, "max_restarts": -1, "max_task_retries": _RETRIES}
         self._actors = [actor.options(**options).remote(source) for _ in range(workers)]
 
     def __enter__(self) -> RayWorkers:
@@ -94,6 +97,11 @@ class RayWorker:
         if isinstance(self._objective, Failure):
             return self._objective
         return answer(self._objective, trial)
+
+
+def gpu_share(gpus: int, workers: int) -> float:
+    """GPUs of each worker: a whole number where there are enough, else the same part of one for all."""
+    return gpus // workers if gpus >= workers or not gpus else 1.0 / math.ceil(workers / gpus)
 
 
 def check_ray() -> None:

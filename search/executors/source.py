@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from longrope_export.errors import StaleStateError
 from longrope_export.search.protocol import Objective
@@ -27,7 +27,7 @@ class ModelSource:
     """A model folder or GGUF file that every worker loads for itself, with `threads` CPU threads each.
 
     `fingerprint` is that of the model the search was begun with: another file under the same path on another machine
-    raises `StaleStateError`.
+    raises `StaleStateError`. `placement` is that of `placement_options`.
     """
 
     path: Path
@@ -36,6 +36,7 @@ class ModelSource:
     documents: Parts
     threads: int
     fingerprint: str
+    placement: Mapping[str, Any] = field(default_factory=dict)
 
     @contextmanager
     def open(self) -> Iterator[Objective]:
@@ -49,7 +50,8 @@ class ModelSource:
         if fingerprint(self.path) != self.fingerprint:
             raise StaleStateError(f"{self.path} is another model here than where the search runs; copy the right one")
         torch.set_num_threads(self.threads)
-        objective = ModelObjective(load(self.path, dtype=getattr(torch, self.dtype)), self.numbers, self.documents)
+        model = load(self.path, dtype=getattr(torch, self.dtype), **self.placement)
+        objective = ModelObjective(model, self.numbers, self.documents)
         try:
             yield objective
         finally:

@@ -27,11 +27,11 @@ class GradientOptions:
     Raises `ScalingError` when one is out of range.
     """
 
-    learning_rate: float = 0.12
+    learning_rate: float = 0.2
     attention_rate: float = 0.25
     full_rate_turns: float = 1.0
     warm_up: float = 0.1
-    trust_region: float = 0.15
+    trust_region: float = 0.25
     average: float = 0.3
     patience: int = 3
     documents_per_step: int | None = None
@@ -56,12 +56,25 @@ def _check(name: str, value: object, right: bool, wanted: str) -> None:
 
 
 @dataclass(frozen=True)
+class EarlyPart:
+    """What the early steps are measured on: a part, its number of documents, and what is added there to (log λ …, log m).
+
+    `shift` [pairs + 1] makes of a candidate for L' the one with the same structure for the shorter length.
+    """
+
+    part: str
+    documents: int
+    shift: Array
+
+
+@dataclass(frozen=True)
 class Descent:
-    """The plan of one descent: how many steps, documents a step, and how often it is validated."""
+    """The plan of one descent: how many steps, documents a step, how often it is validated, how many steps are early."""
 
     steps: int
     documents_per_step: int
     checkpoints: int
+    early_steps: int = 0
 
 
 class GradientDescent:
@@ -69,6 +82,7 @@ class GradientDescent:
 
     Each step takes the next documents of a seeded shuffle. At `checkpoints` evenly spaced steps the average of the
     last iterates is measured on the validation documents; after `patience` of them without a better one it stops.
+    `early` is where the plan's early steps are measured.
     `turns` [pairs] is how often each pair turns within the window.
     """
 
@@ -85,6 +99,7 @@ class GradientDescent:
         turns: npt.ArrayLike,
         generator: np.random.Generator,
         parts: tuple[str, str] = (SEARCH, VALIDATION),
+        early: EarlyPart | None = None,
     ) -> None:
         self._options, self._plan, self._space = options, plan, space
         self._start_tokens = start.start_tokens
@@ -95,6 +110,7 @@ class GradientDescent:
         self._project()
         self._adam = _Adam(len(self._position))
         self._shuffle = _Shuffle(documents, generator)
+        self._early, self._early_shuffle = early, _Shuffle(early.documents, generator) if early else None
         self._validation, self._parts = validation_documents, parts
         self._step = 0
         self._path: list[Array] = []
@@ -108,9 +124,12 @@ class GradientDescent:
             return [Trial(self._checkpoint, self._parts[1], index) for index in range(self._validation)]
         if self._step >= self._plan.steps or self._stalled():
             return []
-        here = self._candidate(self._position)
-        documents = self._shuffle.deal(self._plan.documents_per_step)
-        return [Trial(here, self._parts[0], document, gradient=True) for document in documents]
+        part, here, shuffle = self._parts[0], self._candidate(self._position), self._shuffle
+        if self._early and self._early_shuffle and self._step < self._plan.early_steps:
+            part, shuffle = self._early.part, self._early_shuffle
+            here = self._candidate(self._position, self._early.shift)
+        documents = shuffle.deal(self._plan.documents_per_step)
+        return [Trial(here, part, document, gradient=True) for document in documents]
 
     def tell(self, outcomes: Sequence[Outcome]) -> None:
         """Move, or note the checkpoint."""
@@ -147,9 +166,9 @@ class GradientDescent:
         count = max(1, round(self._options.average * len(self._path)))
         return np.asarray(np.mean(self._path[-count:], axis=0))
 
-    def _candidate(self, position: Array) -> Candidate:
-        factors = np.exp(self._space.expand(position[:-1])).tolist()
-        return Candidate(tuple(factors), math.exp(position[-1]), self._start_tokens)
+    def _candidate(self, position: Array, shift: Array | float = 0.0) -> Candidate:
+        logs = np.append(self._space.expand(position[:-1]), position[-1]) + shift
+        return Candidate(tuple(np.exp(logs[:-1]).tolist()), math.exp(logs[-1]), self._start_tokens)
 
     def _checkpoint_steps(self) -> set[int]:
         count = self._plan.checkpoints

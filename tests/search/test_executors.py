@@ -7,15 +7,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+from click.testing import CliRunner
 from toy_objective import ToySource, toy_outcome
 
+from longrope_export.cli.search import search
 from longrope_export.errors import InputFileError, MissingDependencyError, RuntimeFailure
+from longrope_export.search import measuring
 from longrope_export.search.executors import InProcess, Processes, RayWorkers
+from longrope_export.search.executors.ray import gpu_share
 from longrope_export.search.protocol import SEARCH, Outcome, Trial
 from longrope_export.search.space import Candidate
 
@@ -25,12 +29,15 @@ KINDS = pytest.mark.parametrize("kind", ["processes", "ray"])
 
 @pytest.fixture(scope="module")
 def ray_here() -> Iterator[None]:
-    """A local Ray with two CPUs, started once; its workers find the helpers."""
+    """A local Ray with two CPUs and four GPUs that are not there, started once; its workers find the helpers."""
     import ray
 
     before = {name: os.environ.get(name) for name in ("PYTHONPATH", "RAY_AUTH_MODE", "RAY_USAGE_STATS_ENABLED")}
     os.environ.update(PYTHONPATH=str(HELPERS), RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="warning")
+    # The GPUs are numbers for handing out: none is touched.
+    ray.init(
+        address="local", num_cpus=2, num_gpus=4, include_dashboard=False, log_to_driver=False, logging_level="warning"
+    )
     yield
     ray.shutdown()
     for name, value in before.items():
@@ -210,6 +217,67 @@ def test_workers_leave_with_their_owner(tmp_path: Path, stop: int) -> None:
     while any(map(_alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not any(map(_alive, pids))
+
+
+@pytest.mark.parametrize("gpus", [False, True])
+def test_ray_workers_share_the_gpus(ray_here: None, tmp_path: Path, gpus: bool) -> None:
+    with RayWorkers(ToySource(tmp_path), 2, gpus=gpus) as executor:
+        see = [each.__ray_call__.remote(lambda _: os.environ.get("CUDA_VISIBLE_DEVICES")) for each in executor._actors]
+        seen = [set(filter(None, (found or "").split(","))) for found in executor._ray.get(see)]
+    assert [len(each) for each in seen] == ([2, 2] if gpus else [0, 0])
+    assert not seen[0] & seen[1]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "workers", "share"), [(0, 2, 0), (1, 1, 1), (8, 2, 4), (5, 2, 2), (1, 3, 1 / 3), (2, 3, 0.5), (2, 4, 0.5)]
+)
+def test_a_worker_s_share_of_the_gpus(gpus: int, workers: int, share: float) -> None:
+    assert gpu_share(gpus, workers) == share
+
+
+class _LosesOne(RayWorkers):
+    """Real Ray workers, the first of which is killed while the first round is measured."""
+
+    pids: ClassVar[list[int]] = []
+    options: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self.options.update(options)
+        super().__init__(*arguments, **options)
+
+    def run(self, trials: Sequence[Trial]) -> Iterator[tuple[int, Outcome]]:
+        for found in super().run(trials):
+            yield found
+            if not self.pids:
+                self.pids.append(self._first())
+                os.kill(self.pids[0], signal.SIGKILL)
+
+    def close(self) -> None:
+        self.pids.append(self._first())
+        super().close()
+
+    def _first(self) -> int:
+        return int(self._ray.get(self._actors[0].__ray_call__.remote(lambda _: os.getpid())))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL")
+def test_the_command_on_ray_ends_in_the_same_bytes_though_a_worker_is_killed(
+    ray_here: None, tiny_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "RayWorkers", _LosesOne)
+    (tmp_path / "map.json").write_text('{"": "cpu"}')
+    on_ray = ["--workers", "2", "--device-map", str(tmp_path / "map.json")]
+    for name in ("local", "ray"):
+        files = [str(tiny_folder), "--to", "4x", "--data", str(text), "--out", str(tmp_path / name)]
+        options = ["--budget", "16", "--documents", "2", "--validation-documents", "2", "--documents-per-step", "2"]
+        executor = ["--threads", "1", "--executor", name, *(on_ray if name == "ray" else [])]
+        result = CliRunner().invoke(search, [*files, *options, *executor], catch_exceptions=False)
+        assert result.exit_code == 0
+    killed, after = _LosesOne.pids
+    assert not _alive(killed)
+    assert killed != after
+    assert _LosesOne.options == {"gpus": True}
+    assert (tmp_path / "ray" / "longrope.json").read_bytes() == (tmp_path / "local" / "longrope.json").read_bytes()
 
 
 def test_a_missing_ray_is_one_line_that_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

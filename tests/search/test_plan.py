@@ -9,7 +9,7 @@ import pytest
 
 from longrope_export.errors import LongRopeError, ScalingError
 from longrope_export.search.config import Budget, SearchConfig, parse_budget
-from longrope_export.search.plan import Plan, Sizes, Timing, make_plan
+from longrope_export.search.plan import Plan, Sizes, Timing, expected_seconds, make_plan
 from longrope_export.search.space import RopeNumbers
 from longrope_export.search.strategies.evolution import EvolutionOptions
 from longrope_export.search.strategies.gradient import GradientOptions
@@ -126,7 +126,7 @@ def test_a_budget_for_less_than_a_step_is_refused_with_the_least_one(options: di
         ({"short": "none"}, "--short"),
         ({"baselines": ("yarn", "nope")}, "nope"),
         ({"baselines": ()}, "closed form"),
-        ({"documents": 0}, "documents"),
+        ({"documents": -1}, "documents"),
         ({"validation_documents": 0}, "validation documents"),
         ({"short_share": 1.0}, "share"),
         ({"short_margin": -1.0}, "margin"),
@@ -179,3 +179,32 @@ def test_start_tokens_beyond_the_target_are_left_out_and_0_is_always_tried() -> 
 def test_evolution_s_sizes_bound_its_plan() -> None:
     small = EvolutionOptions(population=4, iterations=2, mutations=1, crossovers=1)
     assert _plan(strategy="evolution", budget="9999", evolution=small).evaluations == 8
+
+
+def test_early_steps_buy_more_of_them_by_what_they_cost() -> None:
+    sizes = replace(SIZES, early_ratio=0.5)
+    options = {"budget": "40", "short": "original", "early_length": "4x"}
+    plain, early = _plan(short="original", budget="40"), _plan(sizes=sizes, **options)
+    assert early.early_steps == round(0.75 * early.steps)
+    assert early.steps * early.documents_per_step == pytest.approx(
+        plain.steps * plain.documents_per_step / (0.25 + 0.75 * 0.5), rel=0.05
+    )
+    assert early.units == pytest.approx(plain.units, rel=0.05)
+    longer = _plan(sizes=sizes, **{**options, "early_share": 0.9})
+    assert longer.early_steps > early.early_steps
+    # By the clock: what an early gradient was measured to take, not the share of its length.
+    quick, slow = (
+        _plan(replace(TIMING, early_gradient=seconds), sizes, **{**options, "budget": "10m"}) for seconds in (1.5, 6.0)
+    )
+    assert quick.steps * quick.documents_per_step > 1.5 * slow.steps * slow.documents_per_step
+
+
+def test_the_expected_time_counts_early_gradients_at_their_pace() -> None:
+    sizes, timing = replace(SIZES, early_ratio=0.5), replace(TIMING, early_gradient=2.5)
+    config = SearchConfig(budget="40", short="original", early_length="4x").resolve(NUMBERS, "hf")
+    plan = make_plan(config, sizes, lambda: timing)
+    gradients = plan.documents_per_step * plan.steps
+    early = plan.documents_per_step * plan.early_steps
+    others = plan.units - 3.0 * (gradients - early) - 1.5 * early
+    expected = 2.0 * others + 7.0 * (gradients - early) + 2.5 * early
+    assert expected_seconds(config, plan, timing, 1.0, 0.5) == pytest.approx(expected)

@@ -19,7 +19,7 @@ from longrope_export.errors import (
     UnsupportedModelError,
 )
 from longrope_export.scaling import RopeScaling
-from longrope_export.search.documents import short_pieces, split_rows
+from longrope_export.search.documents import SHORT_PIECES, pieces_of, split_rows
 from longrope_export.search.evaluator import Evaluator
 from longrope_export.search.executors import InProcess
 from longrope_export.search.factors import SearchResult, search_factors
@@ -362,8 +362,47 @@ def test_search_and_validation_rows_are_disjoint_and_the_short_pieces_too() -> N
     assert set.union(*inside) <= bodies[0] | bodies[1]
 
 
+def test_the_early_part_holds_all_disjoint_pieces_of_the_search_rows() -> None:
+    rows = [np.concatenate([[1], np.arange(1000 * index, 1000 * index + 127)]) for index in range(1, 4)]
+    parts = split_rows(rows, documents=2, validation=1, window=32, target=128, bos=1, early_length=64)
+    pieces = parts["early-search@64"]
+    assert [len(piece) for piece in pieces] == [64] * 4
+    inside = [set(piece[1:].tolist()) for piece in pieces]
+    assert len(set.union(*inside)) == 4 * 63
+    assert set.union(*inside) <= set(rows[0].tolist()) | set(rows[1].tolist())
+
+
+def test_early_steps_are_measured_on_short_pieces_and_cost_less(tiny: Any, tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    options = {**GRADIENT, "short": "original"}
+    plain = _run(tiny, **options)
+    later = _run(tiny, **options, early_length="2x", early_share=0.1)
+    result = _run(tiny, path, **options, early_length="2x", early_share=0.5)
+    trials = [json.loads(line)["of"] for line in path.read_text().splitlines()[1:]]
+    steps = [part for part, _, gradient, _ in trials if gradient]
+    early = 2 * tiny.numbers.window
+    assert set(steps) == {f"early-search@{early}", "search"}
+    assert abs(steps.count("search") - len(steps) / 2) <= 1
+    assert len(steps) > len(plain.history)
+    assert result.evaluations <= plain.evaluations + 0.5
+    assert result.history != later.history
+
+
+@pytest.mark.parametrize("length", ["0.5x", "1000x"])
+def test_an_early_length_outside_the_windows_is_refused(tiny: Any, length: str) -> None:
+    with pytest.raises(ScalingError, match="early-length"):
+        _run(tiny, **GRADIENT, early_length=length)
+
+
+def test_without_a_number_all_rows_that_are_left_are_searched_on(tiny: Any) -> None:
+    options = {**GRADIENT, "budget": "10"}
+    del options["documents"]
+    result = _run(tiny, **options)
+    assert result.documents == len(tiny.rows) - options["validation_documents"]
+
+
 def test_short_pieces_without_bos() -> None:
-    pieces = short_pieces(np.arange(5, 133), 32, bos=1)
+    pieces = pieces_of(np.arange(5, 133), 32, 1, SHORT_PIECES)
     assert [piece[0] for piece in pieces] == [5, 37, 69, 101]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bowl import GOAL, NUMBERS
+from bowl import DOCUMENTS, GOAL, NUMBERS
 
 from longrope_export.errors import LongRopeError, UnsupportedModelError
 from longrope_export.search.config import SearchConfig
@@ -58,7 +58,7 @@ def _evaluator(world: Any = None) -> Evaluator:
 
 
 def _config(**options: Any) -> SearchConfig:
-    return SearchConfig(**{"start_tokens": (0, 4, 8), **options}).resolve(NUMBERS, "hf")
+    return SearchConfig(**{"start_tokens": (0, 4, 8), "documents": DOCUMENTS, **options}).resolve(NUMBERS, "hf")
 
 
 PLAN = Plan(

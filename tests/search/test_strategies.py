@@ -16,7 +16,7 @@ from longrope_export.search.executors.local import InProcess
 from longrope_export.search.protocol import SEARCH, VALIDATION, Outcome, Trial
 from longrope_export.search.space import Candidate, PaperSpace, closed_form
 from longrope_export.search.strategies.evolution import Evolution, EvolutionOptions
-from longrope_export.search.strategies.gradient import Descent, GradientDescent, GradientOptions
+from longrope_export.search.strategies.gradient import Descent, EarlyPart, GradientDescent, GradientOptions
 from longrope_export.search.strategies.log_space import LogSpace
 
 
@@ -168,6 +168,20 @@ def test_every_document_is_taken_before_one_is_taken_again() -> None:
     assert all({trial.document for trial in seen[start : start + 3]} == {0, 1, 2} for start in (0, 3, 6))
 
 
+def test_the_early_steps_are_on_the_early_part_and_the_others_on_whole_documents() -> None:
+    descent = GradientDescent(
+        closed_form("pi", NUMBERS), GradientOptions(), Descent(8, 2, 1, early_steps=6), LogSpace(8, 0, "none", 4.2),
+        learn_attention=True, documents=DOCUMENTS, validation_documents=2, turns=[0.5] * 8,
+        generator=np.random.default_rng(0), early=EarlyPart("early-search@8", 6, np.full(9, -0.25)),
+    )  # fmt: skip
+    steps = [trial for trial in serve(descent) if trial.gradient]
+    assert [trial.part for trial in steps] == ["early-search@8"] * 12 + [SEARCH] * 4
+    assert sorted(trial.document for trial in steps[:6]) == list(range(6))
+    start = closed_form("pi", NUMBERS)
+    assert steps[0].candidate.factors == pytest.approx(np.array(start.factors) * math.exp(-0.25))
+    assert steps[0].candidate.attention_factor == pytest.approx(start.attention_factor * math.exp(-0.25))
+
+
 def test_documents_per_step_and_checkpoints_are_the_plan_s() -> None:
     seen = serve(_descent(Descent(10, 2, 5)))
     assert sum(trial.gradient for trial in seen) == 20
@@ -210,7 +224,7 @@ def test_fast_pairs_move_slower_in_proportion_to_their_turns(
 ) -> None:
     seen = serve(_descent(Descent(2, 1, 1), turns=turns, full_rate_turns=full_rate_turns, trust_region=9.0))
     first, second = (np.log(trial.candidate.factors) for trial in seen[:2])
-    assert np.abs(second - first).max() == pytest.approx(0.12 * share, rel=1e-4)
+    assert np.abs(second - first).max() == pytest.approx(GradientOptions().learning_rate * share, rel=1e-4)
 
 
 def test_no_factor_moves_further_than_the_trust_region() -> None:

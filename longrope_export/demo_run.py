@@ -83,7 +83,7 @@ def run_demo(options: DemoOptions, say: Say) -> DemoResult:
     model, tokenizer = load(demo_model_path()), load_tokenizer(demo_model_path())
     rows = _rows(tokenizer, target, options)
     say(f"embedded model: {description.parameters:,} parameters, window {window} tokens, extended to {target}")
-    found, spent = _searches(model, description, rows, options, say)
+    found, spent = _searches(model, tokenizer, description, rows, options, say)
     scalings = _scalings(description, target, found)
     say(f"measuring {len(scalings)} settings on {options.report_documents} unseen documents of {target} tokens")
     comparison = compare_methods(model, rows["report"], _lengths(window, target), scalings, window=window)
@@ -116,7 +116,12 @@ def _rows(tokenizer: Any, target: int, options: DemoOptions) -> dict[Split, list
 
 
 def _searches(
-    model: Any, description: ModelDescription, rows: dict[Split, list[Row]], options: DemoOptions, say: Say
+    model: Any,
+    tokenizer: Any,
+    description: ModelDescription,
+    rows: dict[Split, list[Row]],
+    options: DemoOptions,
+    say: Say,
 ) -> tuple[dict[str, RopeScaling], dict[str, float]]:
     """Searches on the same texts: the paper's Algorithm 1 on a small budget, and gradient descent on log λ, twice."""
     from longrope_export.search.run import SearchConfig, numbers_of, search_factors
@@ -141,7 +146,7 @@ def _searches(
             seed=options.seed,
             runtime=runtime,  # type: ignore[arg-type]
         )
-        result = search_factors(model, numbers, texts, config)
+        result = search_factors(model, numbers, texts, config, tokenizer=tokenizer)
         label = _algorithm_1(result.evaluations, config) if strategy == "evolution" else name
         found[label], spent[label] = result.scaling, result.evaluations
     return found, spent

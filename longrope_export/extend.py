@@ -171,8 +171,9 @@ def _searched(options: ExtendOptions, description: ModelDescription, target: int
         [name, _perplexity(result.search_perplexity.get(name)), _perplexity(result.validation_perplexity[name])]
         for name in names
     ]
+    what = "Perplexity" if result.objective == "perplexity" else f"exp of the loss {result.objective}"
     caption = (
-        f"Perplexity at {target:,} tokens; {result.documents} documents to search on, {config.validation_documents} "
+        f"{what} at {target:,} tokens; {result.documents} documents to search on, {config.validation_documents} "
         "others to choose on."
     )
     return Found(result.scaling, table, caption, (search_folder(plan) / JOURNAL,))

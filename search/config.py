@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from longrope_export.errors import LongRopeError, ScalingError
 from longrope_export.rope.formulas import longrope_attention_factor, yarn_attention_factor
 from longrope_export.rope.methods import METHODS
-from longrope_export.search.mixture import DEFAULT_OBJECTIVE, LAST_SHARE, Mixture
+from longrope_export.search.mixture import AUTO, LAST_SHARE, PERPLEXITY, WITH_NEEDLES, Mixture, needle_fits
 from longrope_export.search.space import START_TOKENS, RopeNumbers
 from longrope_export.search.strategies.cmaes import CmaOptions
 from longrope_export.search.strategies.critical_dimension import critical_indices
@@ -72,7 +72,7 @@ class SearchConfig:
     in `attention`, `learn_attention`, `start_tokens`, `critical_indices` and `race` takes what suits the strategy, the
     model and the runtime. `bound` is a multiple of s, `short_bound` a λ. `documents` 0 takes as many as there are, up
     to `MOST_DOCUMENTS`. `optimiser` is what moves the factors of strategy "critical-dim". `objective` is
-    "name=weight,…" (see `mixture`); `sets` are lengths in between, each with a set of its own; a descent makes its
+    "name=weight,…" (see `mixture`) or "auto"; `sets` are lengths in between, each with a set of its own; a descent makes its
     first `early_share` steps on pieces of `early_length`. `device_map` and `max_memory` are `placement_options`'.
     Raises `LongRopeError` for values out of range.
     """
@@ -89,7 +89,7 @@ class SearchConfig:
     documents: int = 0
     validation_documents: int = 2
     report_documents: int = 0
-    objective: str = DEFAULT_OBJECTIVE
+    objective: str = AUTO
     last_share: float = LAST_SHARE
     seed: int = 0
     runtime: Runtime = "auto"
@@ -149,7 +149,7 @@ class SearchConfig:
     def mixture(self) -> Mixture:
         """The objective's parts and weights."""
         names = [name for name in self.objective.split(",") if name.strip() != LLAMACPP]
-        return Mixture.parse(",".join(names) or DEFAULT_OBJECTIVE, self.last_share)
+        return Mixture.parse(",".join(names) if names and names != [AUTO] else PERPLEXITY, self.last_share)
 
     @property
     def engine(self) -> str:
@@ -161,12 +161,17 @@ class SearchConfig:
         """Workers of the executor: two unless given."""
         return 2 if self.workers is None else self.workers
 
-    def with_documents(self, rows: int) -> SearchConfig:
-        """The same search with `documents` filled in, where `rows` rows are at hand for all parts."""
-        if self.documents:
-            return self
+    def with_texts(self, rows: int, tokenizer: Any, target: int) -> SearchConfig:
+        """The same search with `documents` and `objective` filled in: `rows` of `target` tokens are at hand in all.
+
+        The objective "auto" has needles where they fit and there is a tokenizer; Algorithm 1 is the paper's.
+        """
         left = rows - self.validation_documents - self.report_documents
-        return replace(self, documents=max(1, min(left, MOST_DOCUMENTS[self.method])))
+        documents = self.documents or max(1, min(left, MOST_DOCUMENTS[self.method]))
+        if self.objective != AUTO:
+            return replace(self, documents=documents)
+        needles = self.method != "evolution" and tokenizer is not None and needle_fits(tokenizer, target)
+        return replace(self, documents=documents, objective=WITH_NEEDLES if needles else PERPLEXITY)
 
     @property
     def needed_rows(self) -> tuple[int, int]:

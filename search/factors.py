@@ -87,7 +87,7 @@ def search_factors(
     Raises `TextTooShortError`, `StaleStateError` when the journal is of another search, `UnsupportedModelError`,
     `LongRopeError` for options that do not fit the runtime or a budget that is too small, and `SearchStopped` on Ctrl-C.
     """
-    resolved = config.with_documents(len(rows)).resolve(numbers, kind)
+    resolved = config.with_texts(len(rows), tokenizer, numbers.target).resolve(numbers, kind)
     check_budget(resolved, numbers)
     init = read_init(resolved, numbers)
     parts = search_parts(rows, numbers, resolved, getattr(model.config, "bos_token_id", None), tokenizer)

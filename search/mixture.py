@@ -20,7 +20,8 @@ Weights = npt.NDArray[np.float64]
 PERPLEXITY, LAST, NEEDLE, SHORT = "perplexity", "last", "needle", "short"
 # The parts of a weighted mean; "short" is a penalty on top of it.
 AVERAGED = (PERPLEXITY, LAST, NEEDLE)
-DEFAULT_OBJECTIVE = PERPLEXITY
+# What "auto" means where a needle fits and the optimiser is ours: perplexity alone lets retrieval go.
+AUTO, WITH_NEEDLES = "auto", "perplexity=0.9,needle=0.1"
 LAST_SHARE = 0.25
 
 
@@ -77,8 +78,7 @@ class Mixture:
 
     def passes(self, scale: float) -> float:
         """Cost of one document in forward passes at L', s = L'/L."""
-        long = (PERPLEXITY in self.weights or LAST in self.weights) + (NEEDLE in self.weights)
-        return long + (1.0 / scale if SHORT in self.weights else 0.0)
+        return 1.0 + (1.0 / scale if SHORT in self.weights else 0.0)
 
     def documents(
         self, rows: Sequence[Row], pieces: Sequence[Row], tokenizer: Any, seed: Sequence[int]
@@ -96,12 +96,10 @@ class Mixture:
         )
 
     def _document(self, row: Row, piece: Row, tokenizer: Any, key: int, depth: float) -> Document:
-        parts: list[Piece] = []
-        if (weights := self._text_weights(len(row))).any():
-            parts.append(Piece(row, weights))
+        weights = self._text_weights(len(row))
+        parts = [Piece(row, weights)]
         if NEEDLE in self.weights:
-            needle = needle_piece(row, tokenizer, key, depth)
-            parts.append(Piece(needle.token_ids, self.weights[NEEDLE] * needle.weights))
+            parts = [needle_piece(row, tokenizer, key, depth, self.weights[NEEDLE], weights)]
         if SHORT in self.weights:
             parts.append(Piece(piece, self.weights[SHORT] * plain(piece)[0].weights, penalty=True))
         return tuple(parts)
@@ -113,10 +111,21 @@ class Mixture:
         return weights
 
 
-def needle_piece(row: Row, tokenizer: Any, key: int, depth: float) -> Piece:
-    """The row with a pass key at `depth` (0…1) and the question at its end, as long as before; only the answer counts.
+def needle_fits(tokenizer: Any, length: int) -> bool:
+    """Whether a document of `length` tokens is still mostly text with a needle, its introduction and its question."""
+    question, answer = question_and_answer(tokenizer, LARGEST_KEY)
+    around = bos_ids(tokenizer) + encode(tokenizer, INTRODUCTION + KEY_SENTENCE.format(key=LARGEST_KEY)) + question
+    return 2 * (len(around) + len(answer)) <= length
 
-    Raises `TextTooShortError` when the row has no room for it.
+
+def needle_piece(
+    row: Row, tokenizer: Any, key: int, depth: float, answer_weight: float = 1.0, text_weights: Weights | None = None
+) -> Piece:
+    """The row with a pass key at `depth` (0…1) and the question at its end, as long as before, in one pass.
+
+    The answer's tokens count `answer_weight` together. `text_weights` [T-1] by place are for the text around the needle:
+    what is not text counts nothing, and their sum stays. Without them only the answer counts. Raises
+    `TextTooShortError` when the row has no room for it.
     """
     bos = bos_ids(tokenizer)
     question, answer = question_and_answer(tokenizer, key)
@@ -132,7 +141,12 @@ def needle_piece(row: Row, tokenizer: Any, key: int, depth: float) -> Piece:
     before = round(depth * room)
     ids = front + text[:before] + sentence + text[before:room] + question + answer
     weights = np.zeros(len(ids) - 1)
-    weights[-len(answer) :] = 1.0 / len(answer)
+    if text_weights is not None and text_weights.any():
+        is_text = np.concatenate([np.full(len(front), False), np.full(before, True), np.full(len(sentence), False),
+                                  np.full(room - before, True), np.full(len(question) + len(answer), False)])  # fmt: skip
+        weights = np.where(is_text[1:], text_weights, 0.0)
+        weights *= text_weights.sum() / weights.sum()
+    weights[-len(answer) :] = answer_weight / len(answer)
     return Piece(np.array(ids, dtype=np.int64), weights)
 
 

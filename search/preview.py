@@ -62,7 +62,7 @@ def preview_search(config: SearchConfig) -> SearchPreview:
         raise LongRopeError("--dry-run measures with torch; leave llamacpp out of --objective to see the plan")
     with opened(config) as inputs:
         numbers = inputs.numbers
-        resolved = config.with_documents(len(inputs.rows)).resolve(numbers, inputs.kind)
+        resolved = config.with_texts(len(inputs.rows), inputs.tokenizer, numbers.target).resolve(numbers, inputs.kind)
         bos = getattr(inputs.model.config, "bos_token_id", None)
         parts = search_parts(inputs.rows, numbers, resolved, bos, inputs.tokenizer)
         objective = ModelObjective(inputs.model, numbers, parts)

@@ -96,7 +96,7 @@ def _llamacpp_search(
     config: SearchConfig, inputs: Inputs, journal: Path, progress: Progress | None, patch: Patcher
 ) -> SearchResult:
     numbers = inputs.numbers
-    resolved = config.with_documents(len(inputs.rows)).resolve(numbers, inputs.kind)
+    resolved = config.with_texts(len(inputs.rows), inputs.tokenizer, numbers.target).resolve(numbers, inputs.kind)
     init, tokenizer = read_init(resolved, numbers), inputs.tokenizer
     parts = search_parts(inputs.rows, numbers, resolved, tokenizer.bos_token_id, tokenizer)
     with llamacpp_source(config, inputs, parts, patch) as source, source.open() as objective:

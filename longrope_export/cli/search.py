@@ -57,7 +57,8 @@ def _names(ctx: click.Context, param: click.Parameter, text: str | None) -> tupl
     "--objective",
     metavar="NAME=WEIGHT,…",
     help="What is lowered: a mixture of perplexity, last, needle; and short, a penalty. With llamacpp in the list, "
-    "llama.cpp measures it on a GGUF.  [default: perplexity]",
+    "llama.cpp measures it on a GGUF.  [default: auto: perplexity=0.9,needle=0.1, but perplexity for evolution and where "
+    "no needle fits]",
 )
 @click.option("--last-share", type=float, help="Share of the tokens that `last` scores.  [default: 0.25]")
 @click.option("--budget", help="Time (90s, 45m, 1.5h) or number of evaluations.  [default: from a probe]")

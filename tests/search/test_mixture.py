@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from longrope_export.errors import LongRopeError, TextTooShortError
+from longrope_export.search.config import SearchConfig
 from longrope_export.search.documents import documents_hash, with_plain_losses
 from longrope_export.search.mixture import Mixture, needle_piece, plain
 from longrope_export.search.objective import ModelObjective
@@ -47,7 +48,7 @@ def test_the_last_share_is_checked(share: float) -> None:
 
 @pytest.mark.parametrize(
     ("text", "passes"),
-    [("perplexity", 1.0), ("perplexity,last", 1.0), ("needle", 1.0), ("last,needle", 2.0), ("perplexity,short", 1.25)],
+    [("perplexity", 1.0), ("perplexity,last", 1.0), ("needle", 1.0), ("last,needle", 1.0), ("perplexity,short", 1.25)],
 )
 def test_the_cost_of_a_document(text: str, passes: float) -> None:
     assert Mixture.parse(text).passes(4.0) == passes
@@ -135,6 +136,27 @@ def test_a_needle_is_answered_at_the_end_and_only_the_answer_counts(tiny_tokeniz
     assert piece.token_ids[0] == 1
 
 
+def test_text_and_answer_are_scored_in_one_pass(tiny: Any, tiny_tokenizer: Any) -> None:
+    documents = _long_documents(tiny, "perplexity=3,needle=1", tiny_tokenizer)
+    assert [len(document) for document in documents] == [1] * 4
+    ((piece,), row) = documents[0], _long_rows()[0]
+    targets = piece.token_ids[1:]
+    answer = np.flatnonzero(piece.weights == piece.weights[-1])
+    assert tiny_tokenizer.decode(targets[answer].tolist()).strip().isdigit()
+    assert piece.weights[answer].sum() == pytest.approx(0.25)
+    text = np.flatnonzero(piece.weights)[: -len(answer)]
+    assert piece.weights[text].sum() == pytest.approx(0.75)
+    assert targets[text].tolist() == row[1 : 1 + len(text)].tolist()
+    assert len(text) > 300
+
+
+def test_the_last_part_around_a_needle_is_the_last_text(tiny: Any, tiny_tokenizer: Any) -> None:
+    (piece,) = _long_documents(tiny, "last=3,needle=1", tiny_tokenizer)[0]
+    scored = np.flatnonzero(piece.weights)
+    assert scored.min() >= 599 - 150
+    assert piece.weights.sum() == pytest.approx(1.0)
+
+
 def test_depths_are_stratified_over_distinct_documents_with_distinct_keys(tiny: Any, tiny_tokenizer: Any) -> None:
     documents = _long_documents(tiny, "needle", tiny_tokenizer)
     texts = [tiny_tokenizer.decode(document[0].token_ids[1:].tolist()) for document in documents]
@@ -187,3 +209,16 @@ def test_tokens_and_weights_tell_documents_apart(tiny: Any) -> None:
         {**base, "report": (plain(tiny.rows[5]),)},
     ]
     assert len({documents_hash(parts) for parts in (base, *others)}) == 5
+
+
+def test_the_automatic_objective_has_needles_where_they_fit(tiny_tokenizer: Any) -> None:
+    def chosen(tokenizer: Any = tiny_tokenizer, target: int = 2048, **options: Any) -> str:
+        return SearchConfig(**options).with_texts(9, tokenizer, target).objective
+
+    assert chosen() == "perplexity=0.9,needle=0.1"
+    assert chosen(strategy="cmaes") == "perplexity=0.9,needle=0.1"
+    assert chosen(strategy="evolution") == "perplexity"
+    assert chosen(None) == "perplexity"
+    assert chosen(target=128) == "perplexity"
+    assert chosen(objective="last") == "last"
+    assert chosen(strategy="evolution", objective="needle") == "needle"

@@ -237,7 +237,9 @@ def _answers_off_by_one(patch: pytest.MonkeyPatch) -> None:
 
 def _one_depth(patch: pytest.MonkeyPatch) -> None:
     real = mixture.needle_piece
-    patch.setattr(mixture, "needle_piece", lambda row, tokenizer, key, depth: real(row, tokenizer, key, 0.5))
+    patch.setattr(
+        mixture, "needle_piece", lambda row, tokenizer, key, depth, *rest: real(row, tokenizer, key, 0.5, *rest)
+    )
 
 
 FINITE_DIFFERENCE = _test("test_objective", "test_the_gradient_is_the_finite_difference", start_tokens=0)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sysconfig
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +144,11 @@ def small_llama(tmp_path_factory: pytest.TempPathFactory, digit_tokenizer: Any, 
     LlamaForCausalLM(LlamaConfig(**small_config)).save_pretrained(folder)
     digit_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    """No log lines of transformers."""
+    logging.disable(logging.WARNING)  # transformers warns about short_mscale and long_mscale
+    yield
+    logging.disable(logging.NOTSET)

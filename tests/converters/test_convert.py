@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import random
 import shutil
@@ -44,12 +43,7 @@ Record = Callable[..., RopeScaling]
 BOUND = 1e-3  # nats, F32 against F32
 
 
-@pytest.fixture(autouse=True)
-def quiet() -> Any:
-    # transformers warns about short_mscale and long_mscale, which are there for vLLM and SGLang
-    logging.disable(logging.WARNING)
-    yield
-    logging.disable(logging.NOTSET)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def prompt(length: int) -> list[int]:

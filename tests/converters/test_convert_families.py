@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from longrope_export.formats.records import read_scaling
 from longrope_export.pipeline import CONVERTIBLE
 from longrope_export.runtimes import llamacpp
 
+pytestmark = pytest.mark.usefixtures("quiet")
 Record = Callable[..., RopeScaling]
 BOUND = 1e-3  # nats, F32 against F32
 
@@ -37,13 +37,6 @@ OWN: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 ROTARY = {"qwen2": 32, "phi3": 24, "granite": 32}
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Any:
-    logging.disable(logging.WARNING)  # transformers warns about short_mscale and long_mscale
-    yield
-    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture(scope="module")

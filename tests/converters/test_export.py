@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,7 @@ from longrope_export.formats.records import read_scaling
 Record = Callable[..., RopeScaling]
 
 
-@pytest.fixture(autouse=True)
-def quiet() -> Any:
-    # transformers warns about short_mscale and long_mscale, which are there for vLLM and SGLang
-    logging.disable(logging.WARNING)
-    yield
-    logging.disable(logging.NOTSET)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.fixture(scope="module")

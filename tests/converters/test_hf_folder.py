@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -49,12 +48,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], int, float]] = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def quiet() -> Any:
-    # transformers warns about short_mscale and long_mscale, which are there for vLLM and SGLang
-    logging.disable(logging.WARNING)
-    yield
-    logging.disable(logging.NOTSET)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -24,15 +23,9 @@ from longrope_export.families import FAMILIES
 from longrope_export.formats.records import read_scaling
 from longrope_export.rope.formulas import longrope_attention_factor
 
+pytestmark = pytest.mark.usefixtures("quiet")
 Record = Callable[..., RopeScaling]
 FORMULA = longrope_attention_factor(4.0, 512)
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Any:
-    logging.disable(logging.WARNING)  # transformers warns about short_mscale and long_mscale
-    yield
-    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture(scope="module")

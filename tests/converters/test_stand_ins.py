@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,16 +31,10 @@ from longrope_export.formats.gguf_tensors import read_raw
 from longrope_export.formats.records import read_scaling
 from longrope_export.runtimes import llamacpp
 
+pytestmark = pytest.mark.usefixtures("quiet")
 Record = Callable[..., RopeScaling]
 BOUND = 1e-3  # nats, F32 against F32
 SCALE = "granite.attention.scale"
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Any:
-    logging.disable(logging.WARNING)  # transformers warns about short_mscale and long_mscale
-    yield
-    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ from longrope_export.search.strategies.gradient import GradientOptions
 
 YARDSTICK = "evolution"
 # Ablations change one thing of a descent of 128 forward passes, a quarter of the default.
-_BASE: dict[str, Any] = {"short": "original", "budget": "8"}
+_BASE: dict[str, Any] = {"short": "original", "budget": "2"}
 
 
-def _change(name: str, about: str, documents: int = 16, retrieve: bool = False, **options: Any) -> Arm:
+def _change(name: str, about: str, documents: int = 64, retrieve: bool = False, **options: Any) -> Arm:
     return Arm(name, f"as descent-128, but {about}", {**_BASE, **options}, documents, retrieve=retrieve)
 
 
@@ -22,28 +22,29 @@ def _descend(name: str, about: str, **options: Any) -> Arm:
     return _change(name, about, gradient=GradientOptions(**options))
 
 
-_DEFAULT: dict[str, Any] = {"budget": "30"}
+_DEFAULT: dict[str, Any] = {"budget": "7.5"}
 _ALGORITHM_1 = {"strategy": "evolution", "budget": "1344", "short": "original", "validation_documents": VALIDATION}
 _ARMS = (
     Arm(YARDSTICK, "Algorithm 1 in full, 1,344 evaluations of 5 documents", _ALGORITHM_1, counts_search_alone=True,
         retrieve=True),
     Arm(RELEASED, "the released code's operators, 1,344 evaluations of 5 documents", counts_search_alone=True,
         retrieve=True),
-    Arm("default", "`longrope search` as it comes: 480 forward passes on 16 documents (`--budget 30`: whatever the clock says)",
-        _DEFAULT, 16, retrieve=True),
-    Arm("default-dimensions", "the default without n̂", {**_DEFAULT, "start_tokens": (0,)}, 16),
-    Arm("eightieth", "the default with 60 forward passes: 1/80 of Algorithm 1, the choice included",
-        {"budget": "3.75", "short": "original"}, 16, retrieve=True),
-    Arm("gguf", "the default for a GGUF: attention factor 1, no n̂", {**_DEFAULT, "runtime": "gguf"}, 16, retrieve=True),
+    Arm("default", "`longrope search` as it comes: 480 forward passes on 64 documents (`--budget 7.5`: whatever the clock says)",
+        _DEFAULT, 64, retrieve=True),
+    Arm("default-dimensions", "the default without n̂", {**_DEFAULT, "start_tokens": (0,)}, 64),
+    Arm("eightieth", "1/80 of Algorithm 1, the choice included: perplexity alone, YaRN the one closed form, no n̂",
+        {"budget": "1.15", "short": "original", "objective": "perplexity", "baselines": ("yarn",), "start_tokens": (0,)},
+        64, retrieve=True),
+    Arm("gguf", "the default for a GGUF: attention factor 1, no n̂", {**_DEFAULT, "runtime": "gguf"}, 64, retrieve=True),
     Arm("gguf-attention", "for a GGUF with `--attention method --learn-attention`",
-        {**_DEFAULT, "runtime": "gguf", "attention": "method", "learn_attention": True}, 16, retrieve=True),
-    Arm("descent-128", "the default with 128 forward passes and no short set", _BASE, 16, retrieve=True),
+        {**_DEFAULT, "runtime": "gguf", "attention": "method", "learn_attention": True}, 64, retrieve=True),
+    Arm("descent-128", "the default with 128 forward passes and no short set", _BASE, 64, retrieve=True),
     _descend("monotone", "`--constraint monotone`", constraint="monotone"),
     _descend("paper", "`--constraint paper`", constraint="paper"),
     _change("attention-fixed", "YaRN's attention factor is kept", learn_attention=False),
     _change("attention-one", "the attention factor is 1", attention="1.0", learn_attention=False),
     _change("few-documents", "4 documents are searched on", 4, budget="32"),
-    _change("many-documents", "64 documents are searched on", 64, budget="2"),
+    _change("sixteen-documents", "16 documents are searched on", 16, budget="8"),
     _descend("four-a-step", "four documents a step", documents_per_step=4),
     _descend("last-iterate", "no averaging", average=0.0),
     _descend("average-all", "all iterates are averaged", average=1.0),

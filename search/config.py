@@ -36,7 +36,7 @@ DEFAULT_SECONDS = 45 * 60.0
 DEFAULT_PASSES: Mapping[str, float] = MappingProxyType({"gradient": 480.0, "cmaes": 1600.0})
 # Documents are free for a descent, which takes a few of them a step: more of them fit less to any. The paper's
 # samples for populations, which measure every candidate on all of them.
-MOST_DOCUMENTS: Mapping[str, int] = MappingProxyType({"gradient": 16, "cmaes": 5, "evolution": 5})
+MOST_DOCUMENTS: Mapping[str, int] = MappingProxyType({"gradient": 64, "cmaes": 5, "evolution": 5})
 # The paper takes three samples beyond 512k tokens instead of five.
 LARGE_DOCUMENTS = 3
 

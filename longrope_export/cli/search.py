@@ -63,7 +63,7 @@ def _names(ctx: click.Context, param: click.Parameter, text: str | None) -> tupl
 @click.option("--last-share", type=float, help="Share of the tokens that `last` scores.  [default: 0.25]")
 @click.option("--budget", help="Time (90s, 45m, 1.5h) or number of evaluations.  [default: from a probe]")
 @click.option(
-    "--documents", type=int, help="Documents to search on; 0: all there are, up to 16 (populations: 5).  [default: 0]"
+    "--documents", type=int, help="Documents to search on; 0: all there are, up to 64 (populations: 5).  [default: 0]"
 )
 @click.option("--validation-documents", type=int, help="Documents that only choose.  [default: 2]")
 @click.option(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from multiprocessing.connection import wait
-from types import TracebackType
 
 from longrope_export.errors import RuntimeFailure
 from longrope_export.search.executors.failure import Failure, opened
@@ -19,7 +19,7 @@ _LOG = logging.getLogger(__name__)
 _MOST_LOSSES = 3
 
 
-class Processes:
+class Processes(AbstractContextManager["Processes"]):
     """Workers that load the model once and get the next trial when they are free.
 
     A worker that dies is replaced and its trial done again; when three die over one trial, or three in a row before
@@ -33,12 +33,7 @@ class Processes:
         self._early_losses = 0
         self._workers = [Worker(source) for _ in range(workers)]
 
-    def __enter__(self) -> Processes:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def run(self, trials: Sequence[Trial]) -> Iterator[tuple[int, Outcome]]:

@@ -7,8 +7,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from types import TracebackType
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 from longrope_export.errors import MissingDependencyError, RuntimeFailure
@@ -20,7 +19,7 @@ from longrope_export.search.protocol import Objective, Outcome, Trial
 _RETRIES = 2
 
 
-class RayWorkers:
+class RayWorkers(AbstractContextManager["RayWorkers"]):
     """Ray actors that load the model once and get the next trial when they are free.
 
     Uses the Ray that this program is connected to, else the cluster that `RAY_ADDRESS` or `ray start` names, else
@@ -39,12 +38,7 @@ class RayWorkers:
         options = {"num_cpus": threads, "num_gpus": share, "max_restarts": -1, "max_task_retries": _RETRIES}
         self._actors = [actor.options(**options).remote(source) for _ in range(workers)]
 
-    def __enter__(self) -> RayWorkers:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def run(self, trials: Sequence[Trial]) -> Iterator[tuple[int, Outcome]]:

@@ -151,7 +151,7 @@ def search_parts(
     """The documents of every part of a search; raises `TextTooShortError`, and `LongRopeError` as `Mixture.documents`."""
     plain = split_rows(
         rows, documents=config.documents, validation=config.validation_documents, report=config.report_documents,
-        window=numbers.window, target=numbers.target, bos=bos, lengths=set_lengths(config, numbers),
+        window=numbers.short_window, target=numbers.target, bos=bos, lengths=set_lengths(config, numbers),
         early_length=early_length(config, numbers),
     )  # fmt: skip
     parts = with_plain_losses(plain)
@@ -163,7 +163,7 @@ def search_parts(
         first = pieces[:: len(pieces) // len(plain[part])]
         parts[part] = config.mixture.documents(plain[part], first, tokenizer, (config.seed, 2, number))
     for part in (part for part in plain if part.startswith(EARLY)):
-        first = tuple(row[: numbers.window] for row in plain[part])
+        first = tuple(row[: numbers.short_window] for row in plain[part])
         parts[part] = config.mixture.documents(plain[part], first, tokenizer, (config.seed, 2, 2))
     return parts
 
@@ -216,8 +216,8 @@ def _sizes(config: SearchConfig, numbers: RopeNumbers, documents: Mapping[str, i
         short_validation=documents[SHORT_VALIDATION],
         baselines=len(config.baselines),
         starts=values if values > 1 else 0,
-        short_ratio=1.0 / numbers.scale,
-        unit=config.mixture.passes(numbers.scale),
+        short_ratio=numbers.short_window / numbers.target,
+        unit=config.mixture.passes(numbers.short_scale),
         sets=tuple(length / numbers.target for length in set_lengths(config, numbers)),
         arms=len(config.critical_indices or (0,)),
         population=config.cmaes.candidates(max(free, 1), bool(config.learn_attention)),
@@ -231,7 +231,7 @@ def check_budget(config: SearchConfig, numbers: RopeNumbers) -> None:
     early_length(config, numbers)
     if parse_budget(config.budget).evaluations is None:
         return
-    pieces = min(SHORT_PIECES, numbers.target // numbers.window)
+    pieces = min(SHORT_PIECES, numbers.target // numbers.short_window)
     documents = config.documents or MOST_DOCUMENTS[config.method]
     counts = {SEARCH: documents, VALIDATION: config.validation_documents}
     counts |= {SHORT_SEARCH: documents * pieces, SHORT_VALIDATION: config.validation_documents * pieces}
@@ -240,9 +240,9 @@ def check_budget(config: SearchConfig, numbers: RopeNumbers) -> None:
 
 def part_units(config: SearchConfig, numbers: RopeNumbers, parts: Mapping[str, Any]) -> dict[str, float]:
     """What one forward pass on a document of each part counts, in search documents measured."""
-    unit = config.mixture.passes(numbers.scale)
+    unit = config.mixture.passes(numbers.short_scale)
     units = {SEARCH: 1.0, VALIDATION: 1.0, REPORT: 1.0 / unit}
     for part in parts:
-        length = int(part.partition("@")[2] or numbers.window)
+        length = int(part.partition("@")[2] or numbers.short_window)
         units.setdefault(part, length / numbers.target / unit)
     return units

@@ -94,7 +94,7 @@ class ModelObjective:
             return loss, slope
         if id(piece) not in self._unchanged:
             # Measured once by whoever needs it: the same number everywhere, so it is no part of the journal.
-            self._unchanged[id(piece)] = self._loss(self._numbers.unchanged(), piece)
+            self._unchanged[id(piece)] = self._loss(self._numbers.short_original(), piece)
         above = loss - self._unchanged[id(piece)]
         return (above, slope) if not above <= 0.0 else (0.0, [0.0] * len(slope))
 

@@ -73,7 +73,7 @@ def preview_search(config: SearchConfig) -> SearchPreview:
         finally:
             objective.close()
     ratio = (early_length(resolved, numbers) or 0) / numbers.target
-    seconds = expected_seconds(resolved, plan, timing, resolved.mixture.passes(numbers.scale), ratio)
+    seconds = expected_seconds(resolved, plan, timing, resolved.mixture.passes(numbers.short_scale), ratio)
     return SearchPreview(resolved, numbers.window, numbers.target, plan, timing, seconds, memory)
 
 

@@ -20,12 +20,12 @@ def probe(objective: TimedObjective, numbers: RopeNumbers, gradient: bool, early
     def seconds(part: str, length: int, with_gradient: bool) -> float:
         return _timed(lambda: objective.measure_prefix(candidate, part, length, gradient=with_gradient))
 
-    seconds(SHORT_SEARCH, numbers.window, False)  # the first pass allocates
-    short = seconds(SHORT_SEARCH, numbers.window, False)
+    seconds(SHORT_SEARCH, numbers.short_window, False)  # the first pass allocates
+    short = seconds(SHORT_SEARCH, numbers.short_window, False)
     long = _extrapolated(lambda length: seconds(SEARCH, length, False), numbers.target)
     if not gradient:
         return Timing(long, long, short, short)
-    short_gradient = seconds(SHORT_SEARCH, numbers.window, True)
+    short_gradient = seconds(SHORT_SEARCH, numbers.short_window, True)
     long_gradient, early_gradient = (
         _extrapolated(lambda length: seconds(SEARCH, length, True), target) if target else 0.0
         for target in (numbers.target, early)

@@ -42,7 +42,7 @@ from longrope_export.search.measuring import (
     worker_threads,
 )
 from longrope_export.search.protocol import Executor
-from longrope_export.search.space import RopeNumbers
+from longrope_export.search.space import RopeNumbers, ShortSet
 
 __all__ = [
     "JOURNAL",
@@ -159,16 +159,15 @@ def opened(config: SearchConfig, patch: Patcher | None = None) -> Iterator[Input
 def numbers_of(description: ModelDescription, target: str) -> RopeNumbers:
     """The numbers of a described model and the length meant by `target` (`16384`, `32k` or `4x`).
 
-    A model that carries one fixed scaling (YaRN, Llama-3, linear) is searched on top of it. Raises
-    `UnsupportedModelError` for longrope factors that differ between short and long sequences, `ScalingError` when the
-    window does not grow.
+    A model that carries one fixed scaling (YaRN, Llama-3, linear) is searched on top of it, one with longrope factors
+    on top of its long ones: its short window and short factors stay. Raises `UnsupportedModelError` for dynamic NTK and
+    for long factors with start tokens, `ScalingError` when the window does not grow.
     """
     scaling = description.scaling
-    if scaling is not None and (not scaling.is_static or scaling.long_start_tokens):
+    if scaling is not None and scaling.long_start_tokens:
         raise UnsupportedModelError(
-            f"{description.path} already carries longrope factors that differ for short and long sequences "
-            f"({scaling.original_max_position_embeddings:,} to {scaling.max_position_embeddings:,} tokens): a second "
-            "search on top of them is not supported; search on the model without them"
+            f"{description.path} carries longrope factors with {scaling.long_start_tokens} start tokens, which a second "
+            "search cannot keep: search the first time with --start-tokens 0, or on the model without factors"
         )
     if description.rope_type == "dynamic":
         raise UnsupportedModelError(
@@ -180,9 +179,26 @@ def numbers_of(description: ModelDescription, target: str) -> RopeNumbers:
         rotary_dim=description.rotary_dim,
         window=description.window,
         target=resolve_length(target, description.window),
-        base_factors=description.existing_factors or (),
-        base_attention_factor=description.existing_attention_factor,
+        **_present_factors(description),
     )
+
+
+def _present_factors(description: ModelDescription) -> dict[str, Any]:
+    scaling = description.scaling
+    if scaling is None or scaling.is_static:
+        present = description.existing_factors or ()
+        return {"base_factors": present, "base_attention_factor": description.existing_attention_factor}
+    short = ShortSet(
+        window=scaling.original_max_position_embeddings,
+        factors=scaling.short_factor,
+        attention_factor=scaling.short_attention_factor,
+        start_tokens=scaling.short_start_tokens,
+    )
+    return {
+        "base_factors": scaling.long_factor,
+        "base_attention_factor": scaling.long_attention_factor,
+        "switched": short,
+    }
 
 
 def check_folder(out: Path) -> None:

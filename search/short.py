@@ -43,10 +43,10 @@ def search_short(
     more than `config.short_margin` (a share). Both have the attention factor `attention`. Nothing is searched when the
     plan gives it no budget.
     """
-    original = numbers.unchanged(attention)
+    original = numbers.short_original(attention)
     if not (plan.short_steps or plan.short_evaluations):
         return ShortResult(original)
-    phase = _phase(config, original, plan.short_steps, plan.short_evaluations, numbers.window)
+    phase = _phase(config, original, plan.short_steps, plan.short_evaluations, numbers.short_window)
     strategy = build(evaluator, config, numbers, phase)
     evaluator.run(strategy)
     candidates = list(dict.fromkeys([original, *strategy.finalists()]))
@@ -95,7 +95,7 @@ def search_set(
 
 def retention(evaluator: Evaluator, numbers: RopeNumbers, short: Candidate, long: Candidate) -> dict[str, float]:
     """Validation perplexity at the window L: of the unchanged model, with the short set, and with the long one."""
-    candidates = {"unchanged": numbers.unchanged(), "short factors": short, "long factors": long}
+    candidates = {"unchanged": numbers.short_original(), "short factors": short, "long factors": long}
     losses = evaluator.mean_losses(list(candidates.values()), SHORT_VALIDATION)
     return {name: perplexity(loss) for name, loss in zip(candidates, losses)}
 

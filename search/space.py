@@ -42,10 +42,21 @@ class Candidate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShortSet:
+    """The set that a model with longrope factors applies up to `window` tokens: total divisors of the frequencies."""
+
+    window: int
+    factors: tuple[float, ...]
+    attention_factor: float = 1.0
+    start_tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class RopeNumbers:
     """What a search must know of the model: base, rotary dimension, window L, target L', and its present factors.
 
-    Raises `ScalingError` when the window does not grow.
+    A model that was extended before has its long factors as `base_factors`, and in `switched` what it applies to short
+    sequences: these keep their own window and factors. Raises `ScalingError` when the window does not grow.
     """
 
     rope_theta: float
@@ -54,6 +65,7 @@ class RopeNumbers:
     target: int
     base_factors: tuple[float, ...] = ()
     base_attention_factor: float = 1.0
+    switched: ShortSet | None = None
 
     def __post_init__(self) -> None:
         if self.target <= self.window:
@@ -81,9 +93,28 @@ class RopeNumbers:
         """How often each pair turns within the window L, float64 [pairs]."""
         return self.window / wavelengths(self.rope_theta, self.rotary_dim, self.base_factors)
 
+    @property
+    def short_window(self) -> int:
+        """Tokens up to which the short set applies."""
+        return self.switched.window if self.switched else self.window
+
+    @property
+    def short_scale(self) -> float:
+        """L' in short windows."""
+        return self.target / self.short_window
+
     def unchanged(self, attention_factor: float = 1.0) -> Candidate:
         """The candidate that leaves the model's frequencies as they are, and its attention unless a factor is given."""
         return Candidate((1.0,) * self.pairs, attention_factor)
+
+    def short_original(self, attention_factor: float | None = None) -> Candidate:
+        """The candidate that short sequences have now; its own attention factor unless one is given."""
+        now = self.switched
+        if now is None:
+            return self.unchanged(1.0 if attention_factor is None else attention_factor)
+        relative = tuple(total / base for total, base in zip(now.factors, self.base_factors, strict=True))
+        own = now.attention_factor / self.base_attention_factor
+        return Candidate(relative, own if attention_factor is None else attention_factor, now.start_tokens)
 
     def total_factors(self, candidate: Candidate) -> tuple[float, ...]:
         """Total divisors of the unscaled frequencies, float32: the candidate times what the model has now."""
@@ -96,13 +127,14 @@ class RopeNumbers:
 
     def record(self, long: Candidate, short: Candidate, provenance: Mapping[str, Any]) -> RopeScaling:
         """The scaling record of a long and a short candidate."""
+        kept = short.factors == self.short_original().factors  # the product would round the last bit
         return RopeScaling(
             rope_theta=self.rope_theta,
             rotary_dim=self.rotary_dim,
-            original_max_position_embeddings=self.window,
+            original_max_position_embeddings=self.short_window,
             max_position_embeddings=self.target,
             long_factor=self.total_factors(long),
-            short_factor=self.total_factors(short),
+            short_factor=self.switched.factors if self.switched and kept else self.total_factors(short),
             long_attention_factor=self.total_attention_factor(long),
             short_attention_factor=self.total_attention_factor(short),
             long_start_tokens=long.start_tokens,

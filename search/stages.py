@@ -61,7 +61,7 @@ class Stages:
         long = self._long or self._best_long()
         if long is None:
             return None
-        short = self._short or ShortResult(self._numbers.unchanged(self._shared_attention(long.candidate)))
+        short = self._short or ShortResult(self._numbers.short_original(self._shared_attention(long.candidate)))
         return self._result(long, short, {}, {}, complete=False)
 
     def _best_long(self) -> LongResult | None:
@@ -81,7 +81,8 @@ class Stages:
 
     def _shared_attention(self, long: Candidate) -> float:
         # A GGUF holds one attention factor, which short sequences get as well.
-        return long.attention_factor if self._config.runtime == "gguf" else 1.0
+        gguf = self._config.runtime == "gguf"
+        return long.attention_factor if gguf else self._numbers.short_original().attention_factor
 
     def _report(self, long: Candidate) -> dict[str, float]:
         if not self._config.report_documents:
@@ -100,7 +101,7 @@ class Stages:
         complete: bool,
     ) -> SearchResult:
         searched, other = self._spent(search=True), self._spent(search=False)
-        short_chosen = ORIGINAL if short.candidate.factors == self._numbers.unchanged().factors else SEARCHED
+        short_chosen = ORIGINAL if short.candidate.factors == self._numbers.short_original().factors else SEARCHED
         provenance = {
             "method": "search",
             "strategy": self._config.strategy,

@@ -179,14 +179,6 @@ def _edited(folder: Path, target: Path, change: Callable[[dict[str, Any]], None]
     return target
 
 
-def _longrope(config: dict[str, Any]) -> None:
-    config["max_position_embeddings"] = 128
-    config["rope_parameters"] = {
-        "rope_type": "longrope", "rope_theta": 10000.0, "long_factor": [2.0] * 16, "short_factor": [1.0] * 16,
-        "original_max_position_embeddings": 32, "factor": 4.0, "attention_factor": 1.0,
-    }  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
@@ -211,13 +203,6 @@ def test_wrong_input_is_one_error(
     with pytest.raises(error, match=words):
         run_search(_config(tiny_folder, text, out, **options))
     assert not (out / "longrope.json").exists()
-
-
-def test_a_model_with_longrope_factors_is_refused_by_name(tiny_folder: Path, text: Path, tmp_path: Path) -> None:
-    folder = _edited(tiny_folder, tmp_path / "model", _longrope)
-    with pytest.raises(UnsupportedModelError, match="already carries longrope factors"):
-        run_search(_config(folder, text, tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_architecture_is_refused(tiny_folder: Path, text: Path, tmp_path: Path) -> None:

@@ -1,0 +1,132 @@
+"""A second search, on a model that carries a first one's factors: the last step of LongRoPE's progressive extension."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from longrope_export.description import describe
+from longrope_export.errors import UnsupportedModelError
+from longrope_export.evaluation.losses import token_losses
+from longrope_export.loader import load
+from longrope_export.scaling import RopeScaling, to_float32
+from longrope_export.search.objective import ModelObjective
+from longrope_export.search.protocol import SEARCH, Trial
+from longrope_export.search.run import SearchConfig, numbers_of, run_search
+from longrope_export.search.space import Candidate, closed_form
+
+WINDOW, TUNED, TARGET = 32, 64, 256
+LONG = tuple(to_float32(value) for value in np.geomspace(1.0, 3.0, 16))
+SHORT = tuple(to_float32(value) for value in np.geomspace(1.0, 1.3, 16))
+
+
+def _record(**changes: object) -> RopeScaling:
+    values = {
+        "rope_theta": 10000.0, "rotary_dim": 32, "original_max_position_embeddings": WINDOW,
+        "max_position_embeddings": TUNED, "long_factor": LONG, "short_factor": SHORT, "long_attention_factor": 1.1,
+    }  # fmt: skip
+    return RopeScaling(**{**values, **changes})  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def tuned(tiny_folder: Path, tmp_path: Path) -> Path:
+    """The tiny model, extended once from 32 to 64 tokens."""
+    return _with(tiny_folder, tmp_path / "tuned", _record())
+
+
+def _with(source: Path, folder: Path, record: RopeScaling) -> Path:
+    shutil.copytree(source, folder)
+    model = load(folder, scaling=record)
+    model.config.save_pretrained(folder)
+    return folder
+
+
+def _search(model: Path, text: Path, out: Path, **changes: object) -> RopeScaling:
+    options = {
+        "budget": "30", "documents": 2, "validation_documents": 1, "threads": 1, "baselines": ("yarn", "ntk"), **changes,
+    }  # fmt: skip
+    return run_search(SearchConfig(model=model, target="4x", data=(text,), out=out, **options)).scaling  # type: ignore[arg-type]
+
+
+def test_the_long_factors_are_multiplied_and_the_short_ones_stay(tuned: Path, text: Path, tmp_path: Path) -> None:
+    record = _search(tuned, text, tmp_path / "out", short="original")
+    assert (record.original_max_position_embeddings, record.max_position_embeddings) == (WINDOW, TARGET)
+    assert (record.short_factor, record.short_attention_factor) == (SHORT, 1.0)
+    assert all(now > 0.9 * before for now, before in zip(record.long_factor, LONG, strict=True))
+    assert record.long_factor[-1] > 1.3 * LONG[-1]
+    journal = (tmp_path / "out" / "journal.jsonl").read_text().splitlines()
+    assert json.loads(journal[0])["window"] == TUNED
+    # Closed forms stretch the tuned window, not the first one.
+    stretched = closed_form("yarn", numbers_of(describe(tuned), "4x"))
+    assert max(stretched.factors) == pytest.approx(TARGET / TUNED, rel=0.01)
+
+
+def test_short_prompts_are_searched_at_the_first_window(tuned: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    record = _search(tuned, text, out, short="search", budget="90")
+    trials = [json.loads(line) for line in (out / "journal.jsonl").read_text().splitlines()[1:]]
+    short = [trial for trial in trials if trial["of"][0].startswith("short")]
+    assert short
+    retention = record.provenance["retention"]
+    ids = torch.tensor([load_ids(tuned, text, WINDOW)])
+    # The model as it stands answers short prompts with its short set.
+    assert retention["unchanged"] == pytest.approx(_perplexity(tuned, ids), rel=0.25)
+    assert retention["unchanged"] != pytest.approx(retention["long factors"], rel=1e-4)
+
+
+def load_ids(folder: Path, text: Path, count: int) -> list[int]:
+    """The first tokens of the text."""
+    from longrope_export.evaluation.documents import load_tokenizer
+
+    ids: list[int] = load_tokenizer(folder)(text.read_text())["input_ids"][:count]
+    return ids
+
+
+def _perplexity(folder: Path, ids: torch.Tensor) -> float:
+    with torch.no_grad():
+        return math.exp(token_losses(load(folder), ids).mean().item())
+
+
+def test_what_is_measured_is_what_the_model_computes(tuned: Path) -> None:
+    numbers = numbers_of(describe(tuned), "4x")
+    ids = np.random.default_rng(0).integers(3, 97, TARGET)
+    short = ids[:WINDOW]
+    model = load(tuned)
+    with torch.no_grad():
+        wanted = [token_losses(model, torch.from_numpy(row)[None]).mean().item() for row in (ids, short)]
+    objective = ModelObjective(load(tuned), numbers, {SEARCH: [ids, short]})
+    measured = [
+        objective.measure(Trial(candidate, SEARCH, index)).loss
+        for index, candidate in enumerate((numbers.unchanged(), numbers.short_original()))
+    ]
+    assert measured == pytest.approx(wanted, abs=2e-6)
+    swapped = objective.measure(Trial(numbers.unchanged(), SEARCH, 1)).loss
+    assert abs(swapped - wanted[1]) > 1e-4
+
+
+def test_one_attention_factor_for_a_gguf_is_the_total_one(tuned: Path, text: Path, tmp_path: Path) -> None:
+    record = _search(tuned, text, tmp_path / "out", runtime="gguf", attention="1.0", short="original")
+    assert record.short_attention_factor == record.long_attention_factor == to_float32(1.1)
+
+
+def test_the_short_set_of_the_record_is_the_model_s_to_the_last_bit(tuned: Path) -> None:
+    numbers = numbers_of(describe(tuned), "4x")
+    kept = numbers.record(closed_form("pi", numbers), numbers.short_original(), {})
+    assert kept.short_factor == SHORT
+    assert kept.long_factor == pytest.approx([TARGET / TUNED * value for value in LONG])
+    moved = numbers.short_original()
+    moved = Candidate(tuple(1.01 * value for value in moved.factors), moved.attention_factor)
+    assert numbers.record(numbers.unchanged(), moved, {}).short_factor == pytest.approx([1.01 * each for each in SHORT])
+
+
+def test_start_tokens_of_the_first_search_are_refused(tiny_folder: Path, text: Path, tmp_path: Path) -> None:
+    folder = _with(tiny_folder, tmp_path / "tuned", _record(long_start_tokens=4))
+    with pytest.raises(UnsupportedModelError, match="4 start tokens"):
+        _search(folder, text, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

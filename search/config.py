@@ -11,9 +11,10 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from longrope_export.errors import LongRopeError, ScalingError
+from longrope_export.evaluation.needles import needle_fits
 from longrope_export.rope.formulas import longrope_attention_factor, yarn_attention_factor
 from longrope_export.rope.methods import METHODS
-from longrope_export.search.mixture import AUTO, LAST_SHARE, PERPLEXITY, WITH_NEEDLES, Mixture, needle_fits
+from longrope_export.search.mixture import AUTO, LAST_SHARE, PERPLEXITY, WITH_NEEDLES, Mixture
 from longrope_export.search.space import START_TOKENS, RopeNumbers
 from longrope_export.search.strategies.cmaes import CmaOptions
 from longrope_export.search.strategies.critical_dimension import critical_indices
@@ -73,7 +74,8 @@ class SearchConfig:
     model and the runtime. `bound` is a multiple of s, `short_bound` a λ. `documents` 0 takes as many as there are, up
     to `MOST_DOCUMENTS`. `optimiser` is what moves the factors of strategy "critical-dim". `objective` is
     "name=weight,…" (see `mixture`) or "auto"; `sets` are lengths in between, each with a set of its own; a descent makes its
-    first `early_share` steps on pieces of `early_length`. `device_map` and `max_memory` are `placement_options`'.
+    first `early_share` steps on pieces of `early_length`. `keep_long` keeps the long set of `init` and searches the sets for
+    shorter sequences alone. `device_map` and `max_memory` are `placement_options`'.
     Raises `LongRopeError` for values out of range.
     """
 
@@ -102,6 +104,7 @@ class SearchConfig:
     attention: str | None = None
     learn_attention: bool | None = None
     init: Path | str | None = None
+    keep_long: bool = False
     baselines: tuple[str, ...] = BASELINES
     bound: float = 1.25
     step: float = 0.01
@@ -133,6 +136,10 @@ class SearchConfig:
             raise LongRopeError("at least one closed form is needed to begin with and to compare with")
         for name, least in (("documents", 0), ("validation_documents", 1), ("report_documents", 0), ("seed", 0)):
             _check(name, getattr(self, name), getattr(self, name) >= least, f"at least {least}")
+        if self.keep_long and self.init is None:
+            raise LongRopeError("--keep-long keeps the long set of a record: name it with --init")
+        if self.keep_long and self.short == "original" and not self.sets:
+            raise LongRopeError("--keep-long leaves nothing to search with --short original and no --sets")
         shares = self.short_share + self.sets_share * len(self.sets)
         _check("short_share", self.short_share, 0.0 <= self.short_share < 0.9, "from 0 to below 0.9")
         _check("sets_share", self.sets_share, self.sets_share > 0.0 and shares < 0.9, "above 0, all sets below 0.9")

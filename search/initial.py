@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 from longrope_export.errors import InputFileError, ScalingError
@@ -18,10 +19,7 @@ def read_init(config: SearchConfig, numbers: RopeNumbers) -> Candidate | None:
     """
     if config.init is None:
         return None
-    try:
-        record = RopeScaling.from_json(Path(config.init).read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputFileError(f"{config.init} cannot be read: {error}") from None
+    record = _record(config.init)
     if record.rotary_dim != numbers.rotary_dim:
         raise ScalingError(
             f"{config.init} has {record.rotary_dim // 2} factors, the model needs {numbers.pairs}: another model's"
@@ -32,7 +30,38 @@ def read_init(config: SearchConfig, numbers: RopeNumbers) -> Candidate | None:
             "another model's"
         )
     factors = [total / base for total, base in zip(record.long_factor, numbers.base_factors)]
-    given = config.attention_factor(numbers)
+    if config.keep_long:
+        _check_kept(record, config, numbers)
+    given = None if config.keep_long else config.attention_factor(numbers)
     attention = record.long_attention_factor / numbers.base_attention_factor if given is None else given
     start_tokens = 0 if config.runtime == "gguf" else record.long_start_tokens
     return Candidate(tuple(factors), attention, start_tokens)
+
+
+def with_kept_long(found: RopeScaling, config: SearchConfig) -> RopeScaling:
+    """`found` with the long set of `config.init` as it is written there, to the last bit, and how that was found."""
+    assert config.init is not None
+    kept = _record(config.init)
+    return replace(
+        found, long_factor=kept.long_factor, long_attention_factor=kept.long_attention_factor,
+        long_start_tokens=kept.long_start_tokens,
+        provenance={**found.provenance, "method": kept.provenance.get("method"), "long": dict(kept.provenance)},
+    )  # fmt: skip
+
+
+def _check_kept(record: RopeScaling, config: SearchConfig, numbers: RopeNumbers) -> None:
+    lengths = (record.original_max_position_embeddings, record.max_position_embeddings)
+    if lengths != (numbers.short_window, numbers.target):
+        raise ScalingError(
+            f"{config.init} goes from {lengths[0]:,} to {lengths[1]:,} tokens and the search from "
+            f"{numbers.short_window:,} to {numbers.target:,}: --keep-long needs the same lengths"
+        )
+    if config.runtime == "gguf" and record.long_start_tokens:
+        raise ScalingError(f"{config.init} has start tokens, which a GGUF cannot hold; search with --for hf")
+
+
+def _record(path: Path | str) -> RopeScaling:
+    try:
+        return RopeScaling.from_json(Path(path).read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputFileError(f"{path} cannot be read: {error}") from None

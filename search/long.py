@@ -22,7 +22,7 @@ from longrope_export.search.strategies.gradient import Descent
 # Algorithm 1's seeds. The paper says YaRN, which is frequency-linear; the released code seeds with the
 # wavelength-linear variant alone, and with neither PI nor NTK.
 EVOLUTION_SEEDS = ("pi", "ntk", "yarn")
-SEARCHED = "searched"
+SEARCHED, INIT = "searched", "init"
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class LongSearch:
         self._evaluator, self._numbers, self._config, self._plan = evaluator, numbers, config, plan
         attention = config.attention_factor(numbers)
         self.closed_forms = {name: closed_form(name, numbers, attention) for name in config.baselines}
-        self._named = self.closed_forms | ({"init": init} if init else {})
+        self._named = self.closed_forms | ({INIT: init} if init else {})
         self._init = init
         self.strategy: Recorded | None = None
 
@@ -68,6 +68,8 @@ class LongSearch:
         Raises `UnsupportedModelError` when factors do not change the model's loss, `NumericalError` when no candidate
         has a finite one.
         """
+        if self._config.keep_long and self._init:
+            return self._kept(self._init)
         losses = self._evaluator.mean_losses(list(self._named.values()), VALIDATION)
         _check_effect(losses, self._numbers)
         search: dict[str, float] = {}
@@ -84,6 +86,10 @@ class LongSearch:
         critical = {index: perplexity(loss) for index, loss in compared.items()}
         return LongResult(named[chosen], chosen, search, validation, tuple(strategy.history), critical)
 
+    def _kept(self, init: Candidate) -> LongResult:
+        loss = self._evaluator.mean_losses([init], VALIDATION)[0]
+        return LongResult(init, INIT, {}, {INIT: perplexity(loss)}, (), {})
+
     def _strategy(self, search: dict[str, float]) -> Recorded:
         """The strategy, begun at the closed form (or `init`) that is best on some search documents."""
         config = self._config
@@ -91,7 +97,7 @@ class LongSearch:
             attention = config.attention_factor(self._numbers)
             start = self._numbers.unchanged(1.0 if attention is None else attention)
             return build(self._evaluator, config, self._numbers, self._phase(start))
-        starts = {"init": self._init} if self._init else self.closed_forms
+        starts = {INIT: self._init} if self._init else self.closed_forms
         losses = self._evaluator.mean_losses(list(starts.values()), SEARCH, self._plan.baseline_documents)
         search |= {name: perplexity(loss) for name, loss in zip(starts, losses)}
         name = list(starts)[int(np.argmin(losses))]

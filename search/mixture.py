@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from longrope_export.errors import LongRopeError, TextTooShortError
-from longrope_export.evaluation.documents import bos_ids, encode
-from longrope_export.evaluation.passkey import INTRODUCTION, KEY_SENTENCE, LARGEST_KEY, question_and_answer
+from longrope_export.errors import LongRopeError
+from longrope_export.evaluation.needles import PASSKEY, needle_row
 
 Row = npt.NDArray[np.int64]
 Weights = npt.NDArray[np.float64]
@@ -89,7 +88,7 @@ class Mixture:
         """
         if NEEDLE in self.weights and tokenizer is None:
             raise LongRopeError("the objective needle needs the model's tokenizer: pass tokenizer=")
-        keys = np.random.default_rng(seed).integers(10_000, LARGEST_KEY, size=len(rows))
+        keys = np.random.default_rng(seed).integers(PASSKEY.smallest, PASSKEY.largest, size=len(rows))
         return tuple(
             self._document(row, piece, tokenizer, int(key), (index + 0.5) / len(rows))
             for index, (row, piece, key) in enumerate(zip(rows, pieces, keys))
@@ -111,13 +110,6 @@ class Mixture:
         return weights
 
 
-def needle_fits(tokenizer: Any, length: int) -> bool:
-    """Whether a document of `length` tokens is still mostly text with a needle, its introduction and its question."""
-    question, answer = question_and_answer(tokenizer, LARGEST_KEY)
-    around = bos_ids(tokenizer) + encode(tokenizer, INTRODUCTION + KEY_SENTENCE.format(key=LARGEST_KEY)) + question
-    return 2 * (len(around) + len(answer)) <= length
-
-
 def needle_piece(
     row: Row, tokenizer: Any, key: int, depth: float, answer_weight: float = 1.0, text_weights: Weights | None = None
 ) -> Piece:
@@ -127,27 +119,13 @@ def needle_piece(
     what is not text counts nothing, and their sum stays. Without them only the answer counts. Raises
     `TextTooShortError` when the row has no room for it.
     """
-    bos = bos_ids(tokenizer)
-    question, answer = question_and_answer(tokenizer, key)
-    front = bos + encode(tokenizer, INTRODUCTION + "\n")
-    sentence = encode(tokenizer, "\n" + KEY_SENTENCE.format(key=key) + "\n")
-    text = row[len(bos) :].tolist()
-    room = len(row) - len(front) - len(sentence) - len(question) - len(answer)
-    if room < 0:
-        raise TextTooShortError(
-            f"a needle needs {len(row) - room} tokens with this tokenizer and the window is {len(row)}: "
-            "leave needle out of --objective"
-        )
-    before = round(depth * room)
-    ids = front + text[:before] + sentence + text[before:room] + question + answer
-    weights = np.zeros(len(ids) - 1)
+    needle = needle_row(row, tokenizer, key, depth)
+    weights = np.zeros(len(row) - 1)
     if text_weights is not None and text_weights.any():
-        is_text = np.concatenate([np.full(len(front), False), np.full(before, True), np.full(len(sentence), False),
-                                  np.full(room - before, True), np.full(len(question) + len(answer), False)])  # fmt: skip
-        weights = np.where(is_text[1:], text_weights, 0.0)
+        weights = np.where(needle.is_text[1:], text_weights, 0.0)
         weights *= text_weights.sum() / weights.sum()
-    weights[-len(answer) :] = answer_weight / len(answer)
-    return Piece(np.array(ids, dtype=np.int64), weights)
+    weights[-needle.answer_tokens :] = answer_weight / needle.answer_tokens
+    return Piece(needle.token_ids, weights)
 
 
 def _weight(text: str, value: str) -> float:

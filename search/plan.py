@@ -104,6 +104,8 @@ def make_plan(config: SearchConfig, sizes: Sizes, measure: Callable[[], Timing])
     budget = parse_budget(config.budget)
     timing = measure() if budget.evaluations is None else None
     measured = _measured(config, sizes, budget, timing)
+    if config.keep_long:
+        return _plan_kept(config, sizes, measured, _costs(sizes, timing))
     return _PLANNERS[config.method](config, sizes, measured, _costs(sizes, timing))
 
 
@@ -158,8 +160,8 @@ def _sets_share(config: SearchConfig, sizes: Sizes) -> float:
 
 def _plan_evolution(config: SearchConfig, sizes: Sizes, measured: float, costs: _Costs) -> Plan:
     most = min(_MOST_SHORT_EVALUATIONS, config.evolution.quarter().evaluations)
-    short = _short_evaluations(config, sizes, measured, costs, most)
-    sets = _set_evaluations(config, sizes, measured, costs)
+    short = _short_evaluations(_short_share(config), sizes, measured, costs, most)
+    sets = _set_evaluations(config.sets_share, sizes, measured, costs)
     side = short * sizes.short_documents * costs.short_forward + sets * sizes.documents * sum(costs.sets)
     evaluations = min(config.evolution.evaluations, math.floor((measured - side) / sizes.documents))
     if evaluations < 1:
@@ -171,20 +173,20 @@ def _plan_evolution(config: SearchConfig, sizes: Sizes, measured: float, costs: 
     )  # fmt: skip
 
 
-def _short_evaluations(config: SearchConfig, sizes: Sizes, measured: float, costs: _Costs, most: int) -> int:
-    paid = math.floor(measured * _short_share(config) / costs.short_forward / sizes.short_documents)
+def _short_evaluations(share: float, sizes: Sizes, measured: float, costs: _Costs, most: int) -> int:
+    paid = math.floor(measured * share / costs.short_forward / sizes.short_documents)
     short = min(paid, most)
     return 0 if short < min(_FEWEST_SHORT_EVALUATIONS, most) else short
 
 
-def _set_evaluations(config: SearchConfig, sizes: Sizes, measured: float, costs: _Costs) -> int:
-    return math.floor(measured * config.sets_share / max(costs.sets) / sizes.documents) if costs.sets else 0
+def _set_evaluations(share: float, sizes: Sizes, measured: float, costs: _Costs) -> int:
+    return math.floor(measured * share / max(costs.sets) / sizes.documents) if costs.sets else 0
 
 
 def _plan_cmaes(config: SearchConfig, sizes: Sizes, measured: float, costs: _Costs) -> Plan:
     baseline, starts, fixed = _comparisons(config, sizes, measured)
-    short = _short_evaluations(config, sizes, measured, costs, _MOST_SHORT_EVALUATIONS)
-    sets = _set_evaluations(config, sizes, measured, costs)
+    short = _short_evaluations(_short_share(config), sizes, measured, costs, _MOST_SHORT_EVALUATIONS)
+    sets = _set_evaluations(config.sets_share, sizes, measured, costs)
     side = short * sizes.short_documents * costs.short_forward + sets * sizes.documents * sum(costs.sets)
     rungs, share, compared = _rungs(sizes)
     compare = baseline if sizes.arms > 1 else 0
@@ -208,7 +210,7 @@ def _plan_gradient(config: SearchConfig, sizes: Sizes, measured: float, costs: _
     baseline, starts, fixed = _comparisons(config, sizes, measured)
     short = math.floor(_short_share(config) * measured / costs.short_gradient)
     short = 0 if short < _FEWEST_SHORT_STEPS else min(short, _MOST_SHORT_STEPS)
-    sets = _set_steps(config, measured, costs)
+    sets = _set_steps(config.sets_share, measured, costs)
     rungs, share, compared = _rungs(sizes)
     compare = baseline if sizes.arms > 1 else 0
     fixed += short * costs.short_gradient + sets * sum(costs.sets) * costs.gradient + compared * compare
@@ -230,8 +232,29 @@ def _plan_gradient(config: SearchConfig, sizes: Sizes, measured: float, costs: _
     )  # fmt: skip
 
 
-def _set_steps(config: SearchConfig, measured: float, costs: _Costs) -> int:
-    return math.floor(config.sets_share * measured / (max(costs.sets) * costs.gradient)) if costs.sets else 0
+def _plan_kept(config: SearchConfig, sizes: Sizes, measured: float, costs: _Costs) -> Plan:
+    """The short set and those in between share the budget alike; the long one is only measured once."""
+    wanted = config.short == "search"
+    share = 1.0 / (len(sizes.sets) + wanted)
+    if config.method == "gradient":
+        short = min(math.floor(share * wanted * measured / costs.short_gradient), _MOST_SHORT_STEPS)
+        sets = _set_steps(share, measured, costs)
+        units = short * costs.short_gradient + sets * sum(costs.sets) * costs.gradient
+        plan = Plan(short_steps=short, set_steps=sets)
+    else:
+        short = _short_evaluations(share * wanted, sizes, measured, costs, _MOST_SHORT_EVALUATIONS)
+        sets = _set_evaluations(share, sizes, measured, costs)
+        units = short * sizes.short_documents * costs.short_forward + sets * sizes.documents * sum(costs.sets)
+        plan = Plan(short_evaluations=short, set_evaluations=sets)
+    if not short + sets:
+        raise LongRopeError(
+            f"the budget {config.budget or '(default time)'} does not pay for one step of the short set: give more"
+        )
+    return replace(plan, units=units + sizes.validation + _final_units(sizes, costs))
+
+
+def _set_steps(share: float, measured: float, costs: _Costs) -> int:
+    return math.floor(share * measured / (max(costs.sets) * costs.gradient)) if costs.sets else 0
 
 
 def _comparisons(config: SearchConfig, sizes: Sizes, measured: float) -> tuple[int, int, float]:

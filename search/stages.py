@@ -9,6 +9,7 @@ from typing import Any
 from longrope_export.search.config import SearchConfig
 from longrope_export.search.documents import REPORT
 from longrope_export.search.evaluator import Evaluator
+from longrope_export.search.initial import with_kept_long
 from longrope_export.search.long import SEARCHED, LongResult, LongSearch, choose_start_tokens, perplexity
 from longrope_export.search.plan import GRADIENT_UNITS, Plan
 from longrope_export.search.protocol import SEARCH, VALIDATION
@@ -45,7 +46,7 @@ class Stages:
         """All stages in order."""
         evaluator, numbers, config, plan = self._evaluator, self._numbers, self._config, self._plan
         self._long = self._long_search.run()
-        if config.method != "evolution":
+        if config.method != "evolution" and not config.keep_long:
             self._long, self._tried = choose_start_tokens(evaluator, self._long, config, plan)
         self._short = search_short(evaluator, numbers, config, plan, self._shared_attention(self._long.candidate))
         long, short = self._long.candidate, self._short.candidate
@@ -122,6 +123,8 @@ class Stages:
             **{name: value for name, value in self._header.items() if name not in ("strategy", "seed")},
         }
         record = self._numbers.record(long.candidate, short.candidate, provenance)
+        if self._config.keep_long:
+            record = with_kept_long(record, self._config)
         sets = {length: self._numbers.total_factors(found.candidate) for length, found in self._sets.items()}
         return SearchResult(
             replace(record, sets=sets), long.chosen, short_chosen, dict(long.search), dict(long.validation), searched,
@@ -142,9 +145,9 @@ class Stages:
         full = config.evolution.evaluations
         if not complete:
             notes.append("the search was stopped: this is the best so far")
-        if config.method == "evolution" and plan.evaluations < full:
+        if config.method == "evolution" and plan.evaluations < full and not config.keep_long:
             notes.append(f"the budget stopped Algorithm 1 after {plan.evaluations:,} of its {full:,} evaluations")
-        if long.chosen != SEARCHED and complete:
+        if long.chosen != SEARCHED and complete and not config.keep_long:
             notes.append(f"on the validation documents {long.chosen} was not beaten; the record holds it")
         if config.short == "search" and not (plan.short_steps or plan.short_evaluations):
             notes.append("the budget is too small to search the short set; it is the original one")

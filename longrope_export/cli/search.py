@@ -128,6 +128,12 @@ def _names(ctx: click.Context, param: click.Parameter, text: str | None) -> tupl
 )
 @click.option("--init", type=click.Path(path_type=Path), help="gradient, cmaes: start from this longrope.json.")
 @click.option(
+    "--keep-long",
+    is_flag=True,
+    default=None,
+    help="Keep the long set of --init; search the short one, and --sets, alone.",
+)
+@click.option(
     "--learn-attention/--no-learn-attention",
     default=None,
     help="gradient, cmaes: search the attention factor too.  [default: yes, no for gguf]",

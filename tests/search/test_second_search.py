@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from longrope_export.description import describe
-from longrope_export.errors import UnsupportedModelError
+from longrope_export.errors import LongRopeError, ScalingError, UnsupportedModelError
 from longrope_export.evaluation.losses import token_losses
 from longrope_export.loader import load
 from longrope_export.scaling import RopeScaling, to_float32
@@ -130,3 +130,36 @@ def test_start_tokens_of_the_first_search_are_refused(tiny_folder: Path, text: P
     with pytest.raises(UnsupportedModelError, match="4 start tokens"):
         _search(folder, text, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_keep_long_searches_the_short_set_alone(tuned: Path, text: Path, tmp_path: Path) -> None:
+    first = _search(tuned, text, tmp_path / "first", short="original", start_tokens=(0,))
+    init = tmp_path / "first" / "longrope.json"
+    margin = {"short_margin": 0.0, "short": "search", "sets": ("128",)}
+    again = _search(tuned, text, tmp_path / "again", init=init, keep_long=True, budget="20", **margin)
+    assert (again.long_factor, again.long_attention_factor) == (first.long_factor, first.long_attention_factor)
+    assert list(again.sets) == [128]
+    assert again.provenance["long"]["chosen"] == first.provenance["chosen"]
+    trials = [json.loads(line)["of"] for line in (tmp_path / "again" / "journal.jsonl").read_text().splitlines()[1:]]
+    long = {(part, gradient) for part, _, gradient, _ in trials if part in (SEARCH, "validation")}
+    assert long == {("validation", False)}
+    assert any(part.startswith("short") and gradient for part, _, gradient, _ in trials)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "name it with --init"),
+        ({"init": "longrope.json", "short": "original"}, "nothing to search"),
+    ],
+)
+def test_keep_long_needs_a_record_and_something_to_search(options: dict[str, str], words: str) -> None:
+    with pytest.raises(LongRopeError, match=words):
+        SearchConfig(keep_long=True, **options)  # type: ignore[arg-type]
+
+
+def test_keep_long_needs_the_record_s_lengths(tiny_folder: Path, text: Path, tmp_path: Path) -> None:
+    record = tmp_path / "longrope.json"
+    record.write_text(_record().to_json())
+    with pytest.raises(ScalingError, match="needs the same lengths"):
+        _search(tiny_folder, text, tmp_path / "out", init=record, keep_long=True)

@@ -200,7 +200,7 @@ class SearchConfig:
             start_tokens=self._start_tokens(runtime, numbers), critical_indices=self._critical_indices(numbers),
         )  # fmt: skip
         if runtime == "gguf":
-            _check_gguf(resolved)
+            _check_gguf(resolved, numbers)
         resolved.attention_factor(numbers)
         return resolved
 
@@ -252,7 +252,12 @@ def _default_attention(runtime: str, strategy: str) -> str:
     return "su" if strategy == "evolution" else "method"
 
 
-def _check_gguf(config: SearchConfig) -> None:
+def _check_gguf(config: SearchConfig, numbers: RopeNumbers) -> None:
+    if numbers.base_start_tokens:
+        raise LongRopeError(
+            f"the model's factors have {numbers.base_start_tokens} start tokens, which a GGUF cannot hold: "
+            "search with --for hf"
+        )
     if config.start_tokens != (0,):
         raise LongRopeError("a GGUF cannot hold start tokens: leave --start-tokens out, or search with --for hf")
     if config.sets:

@@ -172,9 +172,9 @@ def set_lengths(config: SearchConfig, numbers: RopeNumbers) -> tuple[int, ...]:
     """The lengths of `config.sets` in tokens, rising; raises `ScalingError` for one that is not between L and L'."""
     lengths = sorted({resolve_length(text, numbers.window) for text in config.sets})
     for length in lengths:
-        if not numbers.window < length < numbers.target:
+        if not numbers.short_window < length < numbers.target:
             raise ScalingError(
-                f"--sets has {length:,} tokens; each must be between {numbers.window:,} and {numbers.target:,}"
+                f"--sets has {length:,} tokens; each must be between {numbers.short_window:,} and {numbers.target:,}"
             )
     return tuple(lengths)
 

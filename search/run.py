@@ -160,15 +160,9 @@ def numbers_of(description: ModelDescription, target: str) -> RopeNumbers:
     """The numbers of a described model and the length meant by `target` (`16384`, `32k` or `4x`).
 
     A model that carries one fixed scaling (YaRN, Llama-3, linear) is searched on top of it, one with longrope factors
-    on top of its long ones: its short window and short factors stay. Raises `UnsupportedModelError` for dynamic NTK and
-    for long factors with start tokens, `ScalingError` when the window does not grow.
+    on top of its long ones: its short window and short factors stay. Raises `UnsupportedModelError` for dynamic NTK,
+    `ScalingError` when the window does not grow.
     """
-    scaling = description.scaling
-    if scaling is not None and scaling.long_start_tokens:
-        raise UnsupportedModelError(
-            f"{description.path} carries longrope factors with {scaling.long_start_tokens} start tokens, which a second "
-            "search cannot keep: search the first time with --start-tokens 0, or on the model without factors"
-        )
     if description.rope_type == "dynamic":
         raise UnsupportedModelError(
             f"{description.path} carries dynamic NTK scaling, whose factors change with the length: take it out of the "
@@ -187,7 +181,9 @@ def _present_factors(description: ModelDescription) -> dict[str, Any]:
     scaling = description.scaling
     if scaling is None or scaling.is_static:
         present = description.existing_factors or ()
-        return {"base_factors": present, "base_attention_factor": description.existing_attention_factor}
+        start = scaling.long_start_tokens if scaling else 0
+        attention = description.existing_attention_factor
+        return {"base_factors": present, "base_attention_factor": attention, "base_start_tokens": start}
     short = ShortSet(
         window=scaling.original_max_position_embeddings,
         factors=scaling.short_factor,
@@ -197,6 +193,7 @@ def _present_factors(description: ModelDescription) -> dict[str, Any]:
     return {
         "base_factors": scaling.long_factor,
         "base_attention_factor": scaling.long_attention_factor,
+        "base_start_tokens": scaling.long_start_tokens,
         "switched": short,
     }
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from longrope_export.search.build import Phase, build
 from longrope_export.search.config import SearchConfig
 from longrope_export.search.documents import in_between
@@ -13,7 +15,9 @@ from longrope_export.search.long import EVOLUTION_SEEDS, perplexity
 from longrope_export.search.plan import Plan
 from longrope_export.search.protocol import SHORT_SEARCH, SHORT_VALIDATION
 from longrope_export.search.space import Candidate, RopeNumbers, closed_form
+from longrope_export.search.strategies.critical_dimension import Recorded
 from longrope_export.search.strategies.gradient import Descent
+from longrope_export.search.strategies.shifted import Shifted
 
 ORIGINAL = "original"
 
@@ -46,8 +50,9 @@ def search_short(
     original = numbers.short_original(attention)
     if not (plan.short_steps or plan.short_evaluations):
         return ShortResult(original)
-    phase = _phase(config, original, plan.short_steps, plan.short_evaluations, numbers.short_window)
-    strategy = build(evaluator, config, numbers, phase)
+    inside = numbers.inside(numbers.short_window)
+    phase = _phase(config, inside.unchanged(attention), plan.short_steps, plan.short_evaluations, numbers.short_window)
+    strategy = _built(evaluator, config, numbers, inside, phase)
     evaluator.run(strategy)
     candidates = list(dict.fromkeys([original, *strategy.finalists()]))
     losses = evaluator.mean_losses(candidates, SHORT_VALIDATION)
@@ -71,20 +76,22 @@ def search_set(
     It has the short set's attention factor and n̂, because the record holds no others. The closed forms for that
     length, the short set and the long one are candidates too; the earlier one wins a tie.
     """
-    here = replace(numbers, target=length)
+    here = numbers.inside(length)
     parts = in_between(length)
-    seeds = [closed_form(name, here, short.attention_factor) for name in EVOLUTION_SEEDS]
-    named = {name: closed_form(name, here, short.attention_factor) for name in config.baselines}
+    unit = np.array(numbers.unit(here))
+    own = {name: closed_form(name, here, short.attention_factor) for name in {*EVOLUTION_SEEDS, *config.baselines}}
+    named = {name: replace(own[name], factors=tuple(unit * own[name].factors)) for name in config.baselines}
     named |= {"short": short, "long": replace(long, attention_factor=short.attention_factor)}
     named = {name: replace(each, start_tokens=short.start_tokens) for name, each in named.items()}
     losses = evaluator.mean_losses(list(named.values()), parts[1])
     start = list(named.values())[losses.index(min(losses))]
+    start = replace(start, factors=tuple(np.array(start.factors) / unit))
     phase = _phase(config, start, plan.set_steps, plan.set_evaluations, numbers.window)
     phase = replace(
-        phase, seeds=seeds, parts=parts, seed=(config.seed, length), bound=config.bound * here.scale,
-        start_tokens=(short.start_tokens,),
+        phase, seeds=[own[name] for name in EVOLUTION_SEEDS], parts=parts, seed=(config.seed, length),
+        bound=config.bound * here.scale, start_tokens=(short.start_tokens,),
     )  # fmt: skip
-    strategy = build(evaluator, config, numbers, phase)
+    strategy = _built(evaluator, config, numbers, here, phase)
     evaluator.run(strategy)
     named |= {f"searched {index}": each for index, each in enumerate(strategy.finalists())}
     losses = evaluator.mean_losses(list(named.values()), parts[1])
@@ -98,6 +105,14 @@ def retention(evaluator: Evaluator, numbers: RopeNumbers, short: Candidate, long
     candidates = {"unchanged": numbers.short_original(), "short factors": short, "long factors": long}
     losses = evaluator.mean_losses(list(candidates.values()), SHORT_VALIDATION)
     return {name: perplexity(loss) for name, loss in zip(candidates, losses)}
+
+
+def _built(
+    evaluator: Evaluator, config: SearchConfig, numbers: RopeNumbers, here: RopeNumbers, phase: Phase
+) -> Recorded:
+    """The optimiser on λ relative to `here`, whose trials are relative to what the model has."""
+    strategy = build(evaluator, config, here, phase)
+    return strategy if here.base_factors == numbers.base_factors else Shifted(strategy, numbers.unit(here))
 
 
 def _phase(config: SearchConfig, start: Candidate, steps: int, evaluations: int, window: int) -> Phase:

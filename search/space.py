@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -55,8 +55,8 @@ class ShortSet:
 class RopeNumbers:
     """What a search must know of the model: base, rotary dimension, window L, target L', and its present factors.
 
-    A model that was extended before has its long factors as `base_factors`, and in `switched` what it applies to short
-    sequences: these keep their own window and factors. Raises `ScalingError` when the window does not grow.
+    A model that was extended before has its long factors as `base_factors` (and their n̂), and in `switched` what it
+    applies to short sequences: these keep their own window and factors. Raises `ScalingError` when the window does not grow.
     """
 
     rope_theta: float
@@ -65,6 +65,7 @@ class RopeNumbers:
     target: int
     base_factors: tuple[float, ...] = ()
     base_attention_factor: float = 1.0
+    base_start_tokens: int = 0
     switched: ShortSet | None = None
 
     def __post_init__(self) -> None:
@@ -105,16 +106,31 @@ class RopeNumbers:
 
     def unchanged(self, attention_factor: float = 1.0) -> Candidate:
         """The candidate that leaves the model's frequencies as they are, and its attention unless a factor is given."""
-        return Candidate((1.0,) * self.pairs, attention_factor)
+        return Candidate((1.0,) * self.pairs, attention_factor, self.base_start_tokens)
 
     def short_original(self, attention_factor: float | None = None) -> Candidate:
         """The candidate that short sequences have now; its own attention factor unless one is given."""
         now = self.switched
         if now is None:
             return self.unchanged(1.0 if attention_factor is None else attention_factor)
-        relative = tuple(total / base for total, base in zip(now.factors, self.base_factors, strict=True))
+        relative = self.unit(self.inside(now.window))
         own = now.attention_factor / self.base_attention_factor
         return Candidate(relative, own if attention_factor is None else attention_factor, now.start_tokens)
+
+    def inside(self, target: int) -> RopeNumbers:
+        """The numbers of the model as it treats sequences up to `target` tokens: its short set, where it has one."""
+        now = self.switched
+        if now is None or target > self.window:
+            return self if target <= self.window else replace(self, target=target)
+        return RopeNumbers(
+            rope_theta=self.rope_theta, rotary_dim=self.rotary_dim, window=now.window,
+            target=max(target, now.window + 1), base_factors=now.factors,
+            base_attention_factor=now.attention_factor, base_start_tokens=now.start_tokens,
+        )  # fmt: skip
+
+    def unit(self, inside: RopeNumbers) -> tuple[float, ...]:
+        """Factors [pairs] that make of λ relative to `inside` what it is relative to the present set."""
+        return tuple(short / long for short, long in zip(inside.base_factors, self.base_factors, strict=True))
 
     def total_factors(self, candidate: Candidate) -> tuple[float, ...]:
         """Total divisors of the unscaled frequencies, float32: the candidate times what the model has now."""
@@ -157,7 +173,7 @@ def closed_form(name: str, numbers: RopeNumbers, attention_factor: float | None 
         existing=numbers.existing,
         attention_factor=attention_factor,
     )
-    return Candidate(tuple(result.factors.tolist()), result.attention_factor)
+    return Candidate(tuple(result.factors.tolist()), result.attention_factor, numbers.base_start_tokens)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from longrope_export.description import describe
-from longrope_export.errors import LongRopeError, ScalingError, UnsupportedModelError
+from longrope_export.errors import LongRopeError, ScalingError
 from longrope_export.evaluation.losses import token_losses
 from longrope_export.loader import load
 from longrope_export.scaling import RopeScaling, to_float32
@@ -20,6 +20,7 @@ from longrope_export.search.objective import ModelObjective
 from longrope_export.search.protocol import SEARCH, Trial
 from longrope_export.search.run import SearchConfig, numbers_of, run_search
 from longrope_export.search.space import Candidate, closed_form
+from longrope_export.search.strategies.gradient import GradientOptions
 
 WINDOW, TUNED, TARGET = 32, 64, 256
 LONG = tuple(to_float32(value) for value in np.geomspace(1.0, 3.0, 16))
@@ -125,11 +126,14 @@ def test_the_short_set_of_the_record_is_the_model_s_to_the_last_bit(tuned: Path)
     assert numbers.record(numbers.unchanged(), moved, {}).short_factor == pytest.approx([1.01 * each for each in SHORT])
 
 
-def test_start_tokens_of_the_first_search_are_refused(tiny_folder: Path, text: Path, tmp_path: Path) -> None:
+def test_start_tokens_of_the_first_search_stay_candidates(tiny_folder: Path, text: Path, tmp_path: Path) -> None:
     folder = _with(tiny_folder, tmp_path / "tuned", _record(long_start_tokens=4))
-    with pytest.raises(UnsupportedModelError, match="4 start tokens"):
-        _search(folder, text, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    numbers = numbers_of(describe(folder), "4x")
+    assert (numbers.unchanged().start_tokens, closed_form("yarn", numbers).start_tokens) == (4, 4)
+    assert numbers.short_original().start_tokens == 0
+    with pytest.raises(LongRopeError, match="4 start tokens, which a GGUF cannot hold"):
+        _search(folder, text, tmp_path / "out", runtime="gguf")
+    assert not (tmp_path / "out" / "longrope.json").exists()
 
 
 def test_keep_long_searches_the_short_set_alone(tuned: Path, text: Path, tmp_path: Path) -> None:
@@ -144,6 +148,26 @@ def test_keep_long_searches_the_short_set_alone(tuned: Path, text: Path, tmp_pat
     long = {(part, gradient) for part, _, gradient, _ in trials if part in (SEARCH, "validation")}
     assert long == {("validation", False)}
     assert any(part.startswith("short") and gradient for part, _, gradient, _ in trials)
+
+
+@pytest.mark.parametrize("strategy", ["gradient", "evolution"])
+def test_short_sets_keep_to_bounds_around_the_short_factors(
+    tuned: Path, text: Path, tmp_path: Path, strategy: str
+) -> None:
+    """Relative to the long factors they would all be out of the paper's bounds, and pushed up to them."""
+    _search(tuned, text, tmp_path / "first", short="original", start_tokens=(0,))
+    options = {"init": tmp_path / "first" / "longrope.json", "keep_long": True, "short": "search", "sets": ("48",)}
+    if strategy == "gradient":
+        options["gradient"] = GradientOptions(constraint="paper")
+    _search(tuned, text, tmp_path / "out", strategy=strategy, short_bound=1.5, budget="80", **options)
+    trials = [json.loads(line)["of"] for line in (tmp_path / "out" / "journal.jsonl").read_text().splitlines()[1:]]
+    for part, bound in (("short-search", 1.5), ("search@48", 1.25 * 48 / WINDOW)):
+        proposed = [trial[3][0] for trial in trials if trial[0] == part]
+        totals = np.array(proposed) * np.array(LONG) / np.array(SHORT)
+        assert len(totals) > 8
+        assert totals.min() > 1 - 1e-6
+        assert totals.max() < bound + 1e-6
+        assert np.ptp(totals, axis=0).max() > 0.01
 
 
 @pytest.mark.parametrize(

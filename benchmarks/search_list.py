@@ -23,6 +23,9 @@ def _descend(name: str, about: str, **options: Any) -> Arm:
 
 
 _DEFAULT: dict[str, Any] = {"budget": "7.5"}
+_FEW: dict[str, Any] = {
+    "budget": "1.15", "short": "original", "objective": "perplexity", "baselines": ("yarn",), "start_tokens": (0,),
+}  # fmt: skip
 _ALGORITHM_1 = {"strategy": "evolution", "budget": "1344", "short": "original", "validation_documents": VALIDATION}
 _ARMS = (
     Arm(YARDSTICK, "Algorithm 1 in full, 1,344 evaluations of 5 documents", _ALGORITHM_1, counts_search_alone=True,
@@ -32,9 +35,10 @@ _ARMS = (
     Arm("default", "`longrope search` as it comes: 480 forward passes on 64 documents (`--budget 7.5`: whatever the clock says)",
         _DEFAULT, 64, retrieve=True),
     Arm("default-dimensions", "the default without n̂", {**_DEFAULT, "start_tokens": (0,)}, 64),
-    Arm("eightieth", "1/80 of Algorithm 1, the choice included: perplexity alone, YaRN the one closed form, no n̂",
-        {"budget": "1.15", "short": "original", "objective": "perplexity", "baselines": ("yarn",), "start_tokens": (0,)},
-        64, retrieve=True),
+    Arm("eightieth", "1/80 of Algorithm 1, the choice included: perplexity alone, YaRN the one closed form, no n̂, "
+        "`--constraint monotone`",
+        {**_FEW, "gradient": GradientOptions(constraint="monotone")}, 64, retrieve=True),
+    Arm("eightieth-free", "the same without the constraint", _FEW, 64, retrieve=True),
     Arm("gguf", "the default for a GGUF: attention factor 1, no n̂", {**_DEFAULT, "runtime": "gguf"}, 64, retrieve=True),
     Arm("gguf-attention", "for a GGUF with `--attention method --learn-attention`",
         {**_DEFAULT, "runtime": "gguf", "attention": "method", "learn_attention": True}, 64, retrieve=True),

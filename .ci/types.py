@@ -25,7 +25,8 @@ def main() -> None:
         pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", str(site)]
         subprocess.run([*pip, str(ROOT)], check=True, stdout=subprocess.DEVNULL)
         # A folder of data counts as a namespace package for mypy.
-        shutil.rmtree(site / "longrope_export" / "demo_model")
+        for data in ("demo_model", "recipe/shipped"):
+            shutil.rmtree(site / "longrope_export" / data)
         command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), "-p", "longrope_export"]
         cache = ["--cache-dir", str(ROOT / ".mypy_cache")]
         environment = {**os.environ, "MYPYPATH": str(site)}

@@ -35,6 +35,13 @@ _ARMS = (
     Arm("default", "`longrope search` as it comes: 480 forward passes on 64 documents (`--budget 7.5`: whatever the clock says)",
         _DEFAULT, 64, retrieve=True),
     Arm("default-dimensions", "the default without n̂", {**_DEFAULT, "start_tokens": (0,)}, 64),
+    Arm("default-monotone", "the default with `--constraint monotone`",
+        {**_DEFAULT, "gradient": GradientOptions(constraint="monotone")}, 64, retrieve=True),
+    Arm("default-monotone-perplexity", "the default with `--constraint monotone --objective perplexity`",
+        {**_DEFAULT, "gradient": GradientOptions(constraint="monotone"), "objective": "perplexity"}, 64, retrieve=True),
+    Arm("default-monotone-0.03", "the default with `--constraint monotone --objective perplexity=0.97,needle=0.03`",
+        {**_DEFAULT, "gradient": GradientOptions(constraint="monotone"), "objective": "perplexity=0.97,needle=0.03"}, 64,
+        retrieve=True),
     Arm("eightieth", "1/80 of Algorithm 1, the choice included: perplexity alone, YaRN the one closed form, no n̂, "
         "`--constraint monotone`",
         {**_FEW, "gradient": GradientOptions(constraint="monotone")}, 64, retrieve=True),

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from longrope_export.converters import recipes
+from longrope_export.report.style import Picture
 from longrope_export.scaling import RopeScaling
+
+_MARKUP = re.compile(r"[\\`*_\[\]|]")
 
 
 @dataclass(frozen=True)
 class CardContents:
-    """Everything that a card shows; `table` is a header row and rows of cells, all text."""
+    """Everything that a card shows; `table` is a header row and rows of cells, all text.
+
+    `figure` shows the table's numbers; its PNG lies beside the card as `figure_file(figure)`.
+    """
 
     name: str
     scaling: RopeScaling
@@ -21,6 +28,7 @@ class CardContents:
     folder: bool = False
     table: Sequence[Sequence[str]] = ()
     table_caption: str = ""
+    figure: Picture | None = None
     checks: Sequence[str] = ()
     lossy: Sequence[str] = ()
     notes: Sequence[str] = ()
@@ -44,9 +52,20 @@ def model_card(contents: CardContents) -> str:
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table of text cells; the first row is the header, numbers stand right."""
-    header, *body = rows
+    header, *body = [[markdown_text(cell) for cell in row] for row in rows]
     rule = ["---", *("---:" for _ in header[1:])]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *body))
+
+
+def markdown_text(text: str) -> str:
+    """`text` on one line of Markdown in which nothing of it is markup: a row may bear any name."""
+    escaped = _MARKUP.sub(r"\\\g<0>", " ".join(text.split()))
+    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def figure_file(figure: Picture) -> str:
+    """Name of a figure's file beside the card."""
+    return f"{figure.name}.png"
 
 
 def _front_matter(contents: CardContents) -> str:
@@ -64,9 +83,12 @@ def _headline(contents: CardContents) -> str:
 
 
 def _table(contents: CardContents) -> str:
-    if not contents.table:
-        return ""
-    return f"## Before and after\n\n{contents.table_caption}\n\n{markdown_table(contents.table)}"
+    parts = ["## Before and after"]
+    if contents.table:
+        parts += [contents.table_caption, markdown_table(contents.table)]
+    if contents.figure:
+        parts.append(f"![{markdown_text(contents.figure.alt)}]({figure_file(contents.figure)})")
+    return "\n\n".join(parts) if len(parts) > 1 else ""
 
 
 def _list(title: str, lines: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -195,16 +196,23 @@ def _write(
     options: DemoOptions,
 ) -> pipeline.Written:
     from longrope_export.converters.card import CardContents
+    from longrope_export.report.card_figure import card_figure
+    from longrope_export.report.comparisons import COMPARISON_FILE, comparison_document
+    from longrope_export.report.evaluations import read_evaluation
 
+    command = f"longrope demo --seed {options.seed}"
+    measured = comparison_document(comparison, command, options.seed, versions(), own=SEARCHED)
     card = CardContents(
         name=f"longrope-demo-{pipeline.length_name(scaling.max_position_embeddings)}",
         scaling=scaling,
-        command=f"longrope demo --seed {options.seed}",
+        command=command,
+        figure=card_figure(read_evaluation(measured, "demo")),
         table=table_cells(comparison),
         table_caption=f"Perplexity on {len(comparison.documents)} documents that nothing was chosen on.",
         versions=versions(),
     )
-    return pipeline.write_extended(description, scaling, plan, card=card, dtype="f32")
+    extras = {COMPARISON_FILE: json.dumps(measured, indent=1, allow_nan=False) + "\n"}
+    return pipeline.write_extended(description, scaling, plan, card=card, dtype="f32", extra_texts=extras)
 
 
 def table_cells(table: ComparisonTable) -> list[list[str]]:

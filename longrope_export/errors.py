@@ -64,3 +64,7 @@ class StaleStateError(LongRopeError):
 
 class NumericalError(LongRopeError):
     """A result is NaN or infinite."""
+
+
+class RecipeError(LongRopeError):
+    """A recipe that cannot be followed: an unknown key, a missing stage, or lengths that do not fit the model."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from longrope_export import __version__
 from longrope_export.description import ModelDescription
 from longrope_export.errors import OutputError, ScalingError, UnsupportedModelError
-from longrope_export.files import atomic_folder, write_text
+from longrope_export.files import atomic_folder, atomic_output, write_text
 from longrope_export.formats.gguf_shards import extended_name
 from longrope_export.formats.records import RECORD_FILE
 from longrope_export.lengths import resolve_length
@@ -161,8 +162,9 @@ def write_extended(
     allow_lossy: bool = False,
     overwrite: bool = False,
     extra_files: Sequence[Path] = (),
+    extra_texts: Mapping[str, str] = MappingProxyType({}),
 ) -> Written:
-    """Write everything that `plan` names, from one record; a folder gets record, card and manifest.
+    """Write everything that `plan` names, from one record; a folder gets record, card, extras and manifest.
 
     Raises `LossyTargetError` for what a target cannot express (unless `allow_lossy`), `OutputError`, and whatever the
     source's readers raise. Nothing is left behind on an error.
@@ -181,6 +183,8 @@ def write_extended(
             lossy.extend(write_gguf(folder / plan.gguf_name, False))
         for file in extra_files:
             write_text(folder / file.name, file.read_text())
+        for name, text in extra_texts.items():
+            write_text(folder / name, text)
         if card is not None:
             contents = replace(card, gguf=plan.gguf_name, folder=plan.hf, lossy=lossy, notes=notes)
             _write_card(folder, contents)
@@ -233,10 +237,13 @@ def _write_folder(
 
 
 def _write_card(folder: Path, contents: CardContents) -> None:
-    """The card becomes README.md; a card that the source had stays beside it under its own name."""
-    from longrope_export.converters.card import model_card
+    """The card becomes README.md, its figure lies beside it; a card that the source had stays under its own name."""
+    from longrope_export.converters.card import figure_file, model_card
 
     readme = folder / "README.md"
     if readme.exists():
         readme.replace(folder / "README.original.md")
+    if contents.figure is not None:
+        with atomic_output(folder / figure_file(contents.figure), overwrite=True) as file:
+            file.write(contents.figure.wide)
     write_text(readme, model_card(contents))

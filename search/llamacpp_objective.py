@@ -6,28 +6,23 @@ of both factor tensors and of the attention factor. llama.cpp then loads it and 
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import struct
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
 
-from longrope_export import errors
 from longrope_export.errors import InputFileError, RuntimeFailure, ScalingError, UnsupportedModelError
 from longrope_export.fingerprint import fingerprint
 from longrope_export.formats.gguf_header import FLOAT32, GgufHeader, read_gguf_header
 from longrope_export.formats.gguf_scaling import LONG_TENSOR, SHORT_TENSOR
-from longrope_export.runtimes.llamacpp import cause_of_death, default_threads, last_meaningful_line
+from longrope_export.runtimes.llamacpp import default_threads
 from longrope_export.runtimes.llamacpp_library import library_path
+from longrope_export.runtimes.llamacpp_scorer import LlamaCppScorer
 from longrope_export.scaling import RopeScaling
 from longrope_export.search.mixture import Document, Piece
 from longrope_export.search.protocol import Outcome, Trial
@@ -92,7 +87,7 @@ class LlamaCppObjective:
         self.threads = threads or default_threads()
         self._applied: Candidate | None = None
         self._unchanged: dict[int, float] = {}
-        self._child: _Child | None = None
+        self._child: LlamaCppScorer | None = None
 
     def measure(self, trial: Trial) -> Outcome:
         """The outcome of one trial."""
@@ -125,17 +120,13 @@ class LlamaCppObjective:
     def _loss(self, candidate: Candidate, piece: Piece) -> float:
         changed = self._apply(candidate)
         places = np.flatnonzero(piece.weights)
-        self._child = self._child or _Child(self._gguf)
-        request = {
-            "gguf": str(self._gguf), "changed": changed, "token_ids": piece.token_ids.tolist(),
-            "places": places.tolist(), "context": len(piece.token_ids), "threads": self.threads,
-        }  # fmt: skip
+        self._child = self._child or LlamaCppScorer(self._gguf, self.threads, "a copy of the model")
         try:
-            losses = self._child.ask(request)["losses"]
+            losses = self._child.losses(piece.token_ids, places, len(piece.token_ids), changed=changed)
         except RuntimeFailure:
             self.close()
             raise
-        return math.fsum((np.array(losses) * piece.weights[places]).tolist())
+        return math.fsum((losses * piece.weights[places]).tolist())
 
     def _apply(self, candidate: Candidate) -> bool:
         """Rewrite the copy unless it holds the candidate; whether llama.cpp must load it again."""
@@ -147,62 +138,6 @@ class LlamaCppObjective:
         self._slots.write(numbers.total_factors(candidate), numbers.total_attention_factor(candidate))
         self._applied = candidate
         return True
-
-
-class _Child:
-    """The process that llama.cpp runs in, and its log."""
-
-    def __init__(self, gguf: Path) -> None:
-        self._gguf = gguf
-        # Appending, so that emptying it between two texts leaves no hole; llama.cpp writes pages each time it loads.
-        self._log: IO[bytes] = tempfile.TemporaryFile("a+b")  # noqa: SIM115 - closed in `close`
-        command = [sys.executable, "-P", "-m", "longrope_export.search.llamacpp_worker"]
-        # Without this a failed assertion starts a debugger to print its backtrace.
-        environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}
-        self.process: subprocess.Popen[str] = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, env=environment, text=True
-        )
-
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The answer to one request; raises what `LlamaCppObjective` says."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self._log.truncate(0)
-        with suppress(BrokenPipeError):
-            self.process.stdin.write(json.dumps(request) + "\n")
-            self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            cause = cause_of_death(self.process.wait())
-            raise RuntimeFailure(
-                f"llama.cpp died {cause} on a copy of the model: {last_meaningful_line(self._log_text())}"
-            )
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise self._error(answer)
-        return answer
-
-    def close(self) -> None:
-        """End the process, in the middle of a text too."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        with suppress(BrokenPipeError):
-            self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
-        self._log.close()
-
-    def _error(self, answer: Mapping[str, str]) -> errors.LongRopeError:
-        kind: type[errors.LongRopeError] = getattr(errors, answer["kind"])
-        if kind is not RuntimeFailure:
-            return kind(answer["error"])
-        # llama.cpp names the cause first and its consequences after it.
-        cause = next((line for line in self._log_text().splitlines() if "error" in line), "")
-        return RuntimeFailure(f"llama.cpp refused a copy of the model: {answer['error']}: {cause}".rstrip(": "))
-
-    def _log_text(self) -> str:
-        self._log.seek(0)
-        return self._log.read().decode("utf-8", "replace")
 
 
 @dataclass(frozen=True)

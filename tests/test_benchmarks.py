@@ -50,3 +50,34 @@ def test_the_bound_on_time_fails_where_the_losses_cost_too_much(
     assert best == pytest.approx({"body": 1.6, "head": 0.4, "losses": losses, "evaluation": 2.2})
     assert perplexity_cost.time_exceeded(best, 2048) is exceeded
     assert "the whole evaluation: 1.100" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "exceeded"),
+    [
+        ({}, False),
+        ({"seconds": 1.2}, True),
+        ({"peaks": 2.2e9}, True),
+        ({"losses": 2.01}, True),
+        ({"losses": 1.99}, True),
+    ],
+)
+def test_a_peer_that_is_faster_smaller_or_of_another_opinion_fails(
+    perplexity_cost: Any, change: dict[str, float], exceeded: bool
+) -> None:
+    theirs = {"seconds": 1.0, "peaks": 2e9, "losses": 2.0}
+    assert perplexity_cost.peers_exceeded({**theirs, **change}, theirs) is exceeded
+
+
+def test_the_peers_score_the_same_tokens(perplexity_cost: Any, tiny_llama: Path) -> None:
+    from types import SimpleNamespace
+
+    import numpy as np
+
+    from longrope_export import load
+
+    row = SimpleNamespace(token_ids=np.random.default_rng(0).integers(3, 97, 64))
+    losses = {name: run() for name, run in perplexity_cost.peer_runs(load(tiny_llama), row).items()}
+    for name, peer in perplexity_cost.PEERS.items():
+        assert losses[name] == pytest.approx(losses[peer], abs=1e-5)
+    assert losses["truncated"] != pytest.approx(losses["sliding"], abs=1e-3)

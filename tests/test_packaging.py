@@ -52,6 +52,7 @@ def test_only_our_package_is_put_into_site_packages(environment: Path) -> None:
     assert (site / "longrope_export" / "search" / "strategies").is_dir()
     assert (site / "longrope_export" / "py.typed").exists()
     assert (site / "longrope_export" / "demo_model" / "model.safetensors").exists()
+    assert (site / "longrope_export" / "recipe" / "shipped" / "demo.yaml").exists()
 
 
 def test_help_takes_less_than_half_a_second_without_torch(environment: Path) -> None:

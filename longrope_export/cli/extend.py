@@ -14,7 +14,10 @@ from longrope_export.cli.common import LENGTH, name_values, print_json, quiet_li
 
 @click.command(short_help="Give a model a longer window: find factors, embed them, check them.")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--to", required=True, type=LENGTH, help="New window: 32k, 16384, or 4x the present one.")
+@click.option("--to", type=LENGTH, help="New window: 32k, 16384, or 4x the present one.")
+@click.option(
+    "--recipe", metavar="FILE|NAME", help="Instead: stages of searching and fine-tuning, as a YAML file says."
+)
 @click.option(
     "--out", type=click.Path(path_type=Path), help="File or folder to write [default: named after the model]."
 )
@@ -26,7 +29,10 @@ from longrope_export.cli.common import LENGTH, name_values, print_json, quiet_li
 )
 @click.option("--attention-factor", type=float, help="Replace the method's own attention factor.")
 @click.option(
-    "--data", multiple=True, type=click.Path(path_type=Path), help="Texts to search on: files or folders; repeatable."
+    "--data",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Texts to search on: files or folders; repeatable. With --recipe: ROLE=PATH (search, train, report).",
 )
 @click.option("--strategy", help="Search strategy [default: gradient].")
 @click.option("--budget", help="Search budget: 45m, 2h, or a number of evaluations [default: from a probe].")
@@ -53,11 +59,20 @@ def extend(**options: Any) -> None:
       longrope extend model.gguf --to 4x --method yarn
       longrope extend model.gguf --to 32k --data book.txt --budget 1h --out longer/
       longrope extend ./Llama-3.2-1B --to 2x --method ntk --out ./longer
+      longrope extend ./model --recipe pose --data search=a/ --data train=b/ --data report=c/ --out ./longer
     """
+    if options["recipe"] is not None:
+        from longrope_export.cli.recipe import extend_by_recipe
+
+        extend_by_recipe(options)
+        return
     from longrope_export.extend import ExtendOptions, run_extend
 
     if options["data"] or options["hf"] or options["verify"]:
         quiet_libraries()
+    if options["to"] is None:
+        raise click.UsageError("--to is missing: the new window, such as 32k or 4x (or give --recipe)")
+    del options["recipe"]
     as_json, dry_run = options.pop("as_json"), options.pop("dry_run")
     command = " ".join(["longrope", *map(shlex.quote, sys.argv[1:])])
     try:

@@ -27,6 +27,21 @@ def print_table(rows: Iterable[tuple[object, object]], title: str | None = None)
     console.print(table)
 
 
+def print_cells(cells: Sequence[Sequence[str]]) -> None:
+    """Print rows of texts on stdout, the first row as the header; numbers stand on the right."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for index, name in enumerate(cells[0]):
+        number = any(row[index][:1].isdigit() for row in cells[1:])
+        table.add_column(Text(printable(name)), justify="right" if number else "left")
+    for row in cells[1:]:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    Console(markup=False, highlight=False, emoji=False).print(table)
+
+
 def span(values: Sequence[float]) -> str:
     """First, last, least and greatest of a list of factors, in one line."""
     if len(set(values)) == 1:

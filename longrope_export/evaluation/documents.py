@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,16 +30,18 @@ class Row:
     token_ids: npt.NDArray[np.int64]
 
 
-def find_text_files(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+def find_text_files(
+    paths: Iterable[str | os.PathLike[str]], *, whole: Callable[[Path], bool] = lambda folder: False
+) -> list[Path]:
     """Files meant by `paths`: files as they are, folders recursively in the order of their names.
 
-    Hidden files and `__pycache__` are left out of folders. Raises `InputFileError` for a missing path and for a
-    folder without files.
+    Hidden files and `__pycache__` are left out of folders. A folder for which `whole` is true is listed itself instead
+    of its files. Raises `InputFileError` for a missing path and for a folder without files.
     """
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.is_file() and _visible(file, path))
+            inside = list(_inside(path, whole))
             if not inside:
                 raise InputFileError(f"{path} holds no text files; name a file or another folder")
             found += inside
@@ -50,8 +52,17 @@ def find_text_files(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     return found
 
 
-def _visible(file: Path, folder: Path) -> bool:
-    return not any(part.startswith(".") or part == "__pycache__" for part in file.relative_to(folder).parts)
+def _inside(folder: Path, whole: Callable[[Path], bool]) -> Iterator[Path]:
+    if whole(folder):
+        yield folder
+        return
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or path.name == "__pycache__":
+            continue
+        if path.is_file():
+            yield path
+        elif path.is_dir() and not path.is_symlink():  # a link to a folder above would have no end
+            yield from _inside(path, whole)
 
 
 def read_text(path: Path) -> str:
@@ -64,13 +75,22 @@ def read_text(path: Path) -> str:
             data = file.read(MAX_BYTES)
             if file.read(1):
                 data = data[: data.rfind(b"\n") + 1 or None]
-        text = data.decode("utf-8-sig")
     except OSError as error:
         raise InputFileError(f"{path} cannot be read: {error.strerror or error}") from None
+    return decode_text(data, path)
+
+
+def decode_text(data: bytes, path: Path, *, offset: int = 0, lines: int = 0) -> str:
+    """Text of `data`, which stands behind `offset` bytes and `lines` lines of the file `path`; line ends become `\\n`.
+
+    Raises `InputFileError` when it is not UTF-8 text.
+    """
+    try:
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputFileError(
-            f"{path} is not UTF-8 text (byte {error.start}); convert it or leave it out of the texts"
-        ) from None
+        line = lines + data.count(b"\n", 0, error.start) + 1
+        place = f"line {line}, byte {offset + error.start}"
+        raise InputFileError(f"{path} is not UTF-8 text ({place}); convert it or leave it out of the texts") from None
     if "\0" in text:
         raise InputFileError(f"{path} is a binary file (it has NUL characters); leave it out of the texts")
     return text.replace("\r\n", "\n")
@@ -114,9 +134,13 @@ def correct_pre_tokenizer(tokenizer: Any, name: str) -> None:
     backend.model.ignore_merges = PRE_TOKENIZERS[name].ignore_merges
 
 
+# How a tokenizer is called for plain text: nothing is added, and `<s>` in the text is three characters, no control.
+PLAIN_TEXT = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+
+
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of `text` as plain text: nothing is added, and `<s>` in the text is three characters, no control."""
-    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"])
+    """Token ids of `text` as plain text."""
+    return list(tokenizer(text, **PLAIN_TEXT)["input_ids"])
 
 
 def bos_ids(tokenizer: Any) -> list[int]:

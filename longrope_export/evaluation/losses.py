@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
 
@@ -13,6 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from longrope_export.errors import UnsupportedModelError
 from longrope_export.placement import input_device
+
+# Targets below 0 are not scored: their loss is 0 (labels of transformers' trainers hold -100 there).
+IGNORED = -100
 
 # Logits become losses in blocks of about this many float32 values, which stay in the processor's cache: at a vocabulary
 # of 49,152 that is five times as fast as on whole chunks.
@@ -39,21 +43,53 @@ def token_losses(model: nn.Module, input_ids: Tensor, *, chunk: int = 512, posit
 
 
 def state_losses(model: nn.Module, states: Tensor, targets: Tensor, *, chunk: int = 512) -> Tensor:
-    """Cross entropy in nats of `targets` [n] after hidden states [n, hidden], float32 [n], `chunk` of them at a time."""
+    """Cross entropy in nats of `targets` [n] after hidden states [n, hidden], float32 [n], `chunk` of them at a time.
+
+    It is 0 where the target is `IGNORED`.
+    """
     chunks = zip(torch.split(states, chunk), torch.split(targets, chunk))
     return torch.cat([_chunk_losses(model, part, wanted) for part, wanted in chunks])
+
+
+def state_losses_and_gradients(
+    model: nn.Module, states: Tensor, targets: Tensor, weights: Sequence[Tensor] = (), *, chunk: int = 512
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """`state_losses`, and the gradients of their sum in `states` and in `weights`, parameters of lm_head.
+
+    Each chunk's backward follows its forward at once, so that nothing is kept and nothing is computed twice: one matrix
+    product less than recomputing. Gradients have their tensor's dtype; those of `weights` are summed in float32.
+    """
+    losses = torch.zeros(len(states), dtype=torch.float32, device=states.device)
+    gradient = torch.zeros_like(states)
+    sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
+    for start in range(0, len(states), chunk):
+        place = slice(start, start + chunk)
+        part = states[place].detach().requires_grad_()
+        with torch.enable_grad():
+            logits = head_logits(model, part)
+        upstream = logits.detach()  # overwritten by its own gradient
+        losses[place] = _cross_entropy_into_gradient(upstream, targets[place].to(logits.device)).to(losses.device)
+        gradient[place], *found = torch.autograd.grad(logits, [part, *weights], upstream)
+        for total, value in zip(sums, found):
+            total += value
+    return losses, gradient, [total.to(weight.dtype) for total, weight in zip(sums, weights)]
 
 
 def body_states(model: nn.Module, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
     """Last hidden states [1, T, hidden] of the model without its lm_head, no cache and no mask but the causal one."""
     # No attention mask is passed: given one, transformers may materialise [T, T], and SDPA loses its causal kernel.
-    outputs = _body(model)(input_ids=input_ids, position_ids=positions, use_cache=False)
-    states = outputs.last_hidden_state
+    return decoder_states(model, input_ids=input_ids, position_ids=positions)
+
+
+def decoder_states(model: nn.Module, **inputs: Any) -> Tensor:
+    """Last hidden states [B, T, hidden] of the model without its lm_head, for any inputs of its forward, no cache."""
+    states = body_of(model)(**{**inputs, "use_cache": False}).last_hidden_state
     assert isinstance(states, Tensor)
     return states
 
 
-def _body(model: Any) -> Any:
+def body_of(model: Any) -> Any:
+    """The model without its lm_head; raises `UnsupportedModelError` where it has none."""
     body = model.base_model
     if body is model or model.get_output_embeddings() is None:
         raise UnsupportedModelError(f"{type(model).__name__} has no lm_head; give a causal language model")
@@ -80,7 +116,7 @@ def check_head(model: nn.Module) -> None:
     if model in _checked:
         return
     ids = torch.tensor([[1, 2, 3]], device=input_device(model))
-    with torch.no_grad():
+    with torch.no_grad(), _evaluating(model):
         own = model(input_ids=ids, use_cache=False).logits[0].float()
         ours = head_logits(model, body_states(model, ids)[0]).float()
     if own.shape != ours.shape or (own - ours).abs().max() > 0.02 * own.abs().max():
@@ -89,6 +125,18 @@ def check_head(model: nn.Module) -> None:
             "its perplexity would be wrong"
         )
     _checked.add(model)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """While active, no dropout runs; every module's own mode is back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _chunk_losses(model: nn.Module, states: Tensor, targets: Tensor) -> Tensor:
@@ -101,18 +149,48 @@ def _chunk_losses(model: nn.Module, states: Tensor, targets: Tensor) -> Tensor:
 def _losses(model: nn.Module, states: Tensor, targets: Tensor) -> Tensor:
     logits = head_logits(model, states)
     targets = targets.to(logits.device)  # a placed model's lm_head may stand elsewhere
-    rows = max(1, _BLOCK_VALUES // logits.shape[-1])
-    blocks = list(zip(torch.split(logits, rows), torch.split(targets, rows)))
     if logits.requires_grad:
+        blocks = _blocks(logits, targets)
         return torch.cat([functional.cross_entropy(part.float(), wanted, reduction="none") for part, wanted in blocks])
     # One buffer for all blocks: fresh memory for each costs as much as the exponentials.
-    buffer = torch.empty_like(logits[:rows], dtype=torch.float32)
-    return torch.cat([_cross_entropy(part, wanted, buffer[: len(part)]) for part, wanted in blocks])
+    buffer = _block_buffer(logits)
+    return torch.cat(
+        [_cross_entropy(part, wanted, buffer[: len(part)])[0] for part, wanted in _blocks(logits, targets)]
+    )
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor, buffer: Tensor) -> Tensor:
+def _cross_entropy_into_gradient(logits: Tensor, targets: Tensor) -> Tensor:
+    """Losses float32 [n] of `logits` [n, vocabulary], which become the gradient of the losses' sum."""
+    buffer, losses = _block_buffer(logits), []
+    for part, wanted in _blocks(logits, targets):
+        values = buffer[: len(part)]
+        loss, exponentials = _cross_entropy(part, wanted, values)
+        scored = (wanted >= 0)[:, None]
+        # The subtraction is made before rounding: a likely token's p - 1 would vanish in bfloat16.
+        values.mul_(scored / exponentials).scatter_add_(-1, wanted.clamp(min=0)[:, None], -scored.float())
+        part.copy_(values)
+        losses.append(loss)
+    return torch.cat(losses)
+
+
+def _blocks(logits: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    rows = _block_rows(logits)
+    return zip(torch.split(logits, rows), torch.split(targets, rows))
+
+
+def _block_rows(logits: Tensor) -> int:
+    return max(1, _BLOCK_VALUES // logits.shape[-1])
+
+
+def _block_buffer(logits: Tensor) -> Tensor:
+    return torch.empty_like(logits[: _block_rows(logits)], dtype=torch.float32)
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses [n], and the sums [n, 1] of the exponentials that `buffer` [n, vocabulary] is left with."""
     # In place and without the log-probabilities of the other tokens: a third of the time of functional.cross_entropy.
     values = buffer.copy_(logits)
-    wanted = values.gather(-1, targets[:, None])
+    wanted = values.gather(-1, targets.clamp(min=0)[:, None])
     largest = values.amax(-1, keepdim=True)
-    return (values.sub_(largest).exp_().sum(-1, keepdim=True).log_() + largest - wanted)[:, 0]
+    sums = values.sub_(largest).exp_().sum(-1, keepdim=True)
+    return (sums.log() + largest - wanted)[:, 0].masked_fill_(targets < 0, 0.0), sums

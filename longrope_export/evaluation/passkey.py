@@ -10,16 +10,16 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from longrope_export.errors import NumericalError, TextTooShortError
-from longrope_export.evaluation.documents import bos_ids, encode
-from longrope_export.evaluation.losses import body_states, check_head, head_logits
-from longrope_export.placement import input_device
+from longrope_export.evaluation.documents import encode
+from longrope_export.evaluation.prompts import PromptStyle, ask, base_style
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 # Mohtashami & Jaggi, "Landmark Attention" (arXiv 2305.16300); the five parts are joined by line breaks.
 INTRODUCTION = (
@@ -28,7 +28,8 @@ INTRODUCTION = (
 )
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 KEY_SENTENCE = "The pass key is {key}. Remember it. {key} is the pass key."
-QUESTION = "What is the pass key? The pass key is"
+QUESTION_LINE, LEAD = "What is the pass key?", "The pass key is"
+QUESTION = f"{QUESTION_LINE} {LEAD}"
 LARGEST_KEY = 50_000
 
 Mode = Literal["forced", "generate", "both"]
@@ -49,15 +50,18 @@ class PasskeyPrompt:
         return len(self.prompt_ids) + len(self.answer_ids)
 
 
-def build_prompt(tokenizer: Any, length: int, key: int, depth: float) -> PasskeyPrompt:
-    """Prompt and answer of exactly `length` tokens, with BOS if the tokenizer has one; filler fills what is left.
+def build_prompt(
+    tokenizer: Any, length: int, key: int, depth: float, style: PromptStyle | None = None
+) -> PasskeyPrompt:
+    """Prompt and answer of exactly `length` tokens (default style: plain text after BOS); filler fills what is left.
 
     A share `depth` (0…1) of the filler stands before the key. Raises `TextTooShortError` when the fixed parts alone
     need more than `length`.
     """
-    introduction = bos_ids(tokenizer) + encode(tokenizer, INTRODUCTION + "\n")
+    style = style or base_style(tokenizer)
+    introduction = [*style.opening, *encode(tokenizer, INTRODUCTION + "\n")]
     sentence = encode(tokenizer, "\n" + KEY_SENTENCE.format(key=key) + "\n")
-    question, answer = question_and_answer(tokenizer, key)
+    question, answer = ask(tokenizer, style, f"\n{QUESTION_LINE}", LEAD, str(key))
     room = length - len(introduction) - len(sentence) - len(question) - len(answer)
     if room < 0:
         raise TextTooShortError(
@@ -69,26 +73,28 @@ def build_prompt(tokenizer: Any, length: int, key: int, depth: float) -> Passkey
     return PasskeyPrompt(tuple(prompt), tuple(answer), key, depth)
 
 
-def question_and_answer(tokenizer: Any, key: int) -> tuple[list[int], list[int]]:
-    """Ids of the question and of " {key}", tokenised together: alone, the answer's first token can be another one."""
-    question = encode(tokenizer, "\n" + QUESTION)
-    both = encode(tokenizer, f"\n{QUESTION} {key}")
-    shared = 0
-    while shared < min(len(question), len(both)) and question[shared] == both[shared]:
-        shared += 1
-    return both[:shared], both[shared:]
-
-
 def _filler(tokenizer: Any, count: int) -> list[int]:
     """The first `count` tokens of the repeated filler sentences."""
     unit = encode(tokenizer, FILLER + " ")
     return encode(tokenizer, (FILLER + " ") * (count // max(1, len(unit) - 2) + 2))[:count]
 
 
-def passkey_prompts(tokenizer: Any, length: int, trials: int, seed: int) -> list[PasskeyPrompt]:
-    """`trials` prompts with keys drawn uniformly from 1…50,000 and depths (i + ½)/trials; `seed` fixes the keys."""
+def passkey_prompts(
+    tokenizer: Any,
+    length: int,
+    trials: int,
+    seed: int,
+    *,
+    depths: int | None = None,
+    style: PromptStyle | None = None,
+) -> list[PasskeyPrompt]:
+    """`trials` prompts with keys drawn uniformly from 1…50,000; `seed` fixes the keys.
+
+    Trial i stands at depth (i mod `depths` + ½)/`depths`; by default every trial has a depth of its own.
+    """
+    count = min(depths or trials, trials)
     keys = np.random.default_rng([seed, length]).integers(1, LARGEST_KEY, size=trials, endpoint=True)
-    return [build_prompt(tokenizer, length, int(key), (i + 0.5) / trials) for i, key in enumerate(keys)]
+    return [build_prompt(tokenizer, length, int(key), (i % count + 0.5) / count, style) for i, key in enumerate(keys)]
 
 
 @dataclass(frozen=True)
@@ -156,6 +162,8 @@ def evaluate_passkey(
 
     Raises `TextTooShortError` when a length has no room for the template, before anything is run.
     """
+    from longrope_export.evaluation.losses import check_head
+
     prompts = [prompt for length in sorted(set(lengths)) for prompt in passkey_prompts(tokenizer, length, trials, seed)]
     check_head(model)
     everything = sum(prompt.length for prompt in prompts)
@@ -186,23 +194,35 @@ def forced_correct(model: nn.Module, tokenizer: Any, prompt: PasskeyPrompt) -> b
 
     A token of white space alone before the digits is formatting, not retrieval, and is not scored.
     """
+    import torch
+
+    from longrope_export.evaluation.losses import body_states, head_logits
+    from longrope_export.placement import input_device
+
     ids = torch.tensor([[*prompt.prompt_ids, *prompt.answer_ids]], device=input_device(model))
     start = len(prompt.prompt_ids) - 1
     with torch.no_grad():
         logits = head_logits(model, body_states(model, ids)[0, start:-1])
     if not torch.isfinite(logits).all():
         raise NumericalError(f"the model gives NaN or infinite logits at {prompt.length:,} tokens; try --dtype float32")
-    right = logits.argmax(-1).tolist()
+    return digits_right(tokenizer, prompt.answer_ids, logits.argmax(-1).tolist())
+
+
+def digits_right(tokenizer: Any, answer_ids: Sequence[int], chosen: Sequence[int]) -> bool:
+    """Whether `chosen` is the answer at every token that holds a digit; raises `ValueError` when it is not as long."""
     return all(
-        chosen == wanted
-        for chosen, wanted in zip(right, prompt.answer_ids)
+        token == wanted
+        for token, wanted in zip(chosen, answer_ids, strict=True)
         if re.search(r"\d", tokenizer.decode([wanted]))
     )
 
 
 def generated_text(model: Any, tokenizer: Any, prompt: PasskeyPrompt) -> str:
     """Greedy continuation of the prompt, one token longer than the answer; the model never sees more than `length`."""
+    import torch
     from transformers import GenerationConfig
+
+    from longrope_export.placement import input_device
 
     ids = torch.tensor([prompt.prompt_ids], device=input_device(model))
     config = GenerationConfig(

@@ -7,7 +7,6 @@ number of tokens over all documents: a mean of per-document means would weigh sh
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,13 +17,23 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from longrope_export.errors import NumericalError, TextTooShortError, UnsupportedModelError
+from longrope_export.errors import NumericalError, TextTooShortError
 from longrope_export.evaluation.documents import Row, iter_ids
+from longrope_export.evaluation.engine import check_vocabulary, not_finite
 from longrope_export.evaluation.losses import body_states, check_head, token_losses
 from longrope_export.evaluation.passes import forward_lengths, is_dynamic, original_window, rotation_of
+from longrope_export.evaluation.spans import default_span_edges
+from longrope_export.evaluation.statistics import exp
 from longrope_export.placement import input_device
 
-__all__ = ["LengthResult", "PerplexityResult", "SpanResult", "evaluate_perplexity", "token_losses"]
+__all__ = [
+    "LengthResult",
+    "PerplexityResult",
+    "SpanResult",
+    "default_span_edges",
+    "evaluate_perplexity",
+    "token_losses",
+]
 
 
 @dataclass(frozen=True)
@@ -114,16 +123,6 @@ def evaluate_perplexity(
     )
 
 
-def default_span_edges(longest: int, window: int) -> list[int]:
-    """Edges 0…longest in steps of the window doubled or halved until there are 8 to 15 whole steps."""
-    step = window if window > 0 else longest
-    while step * 8 > longest and step > 1:
-        step = step // 2
-    while step * 16 <= longest:
-        step *= 2
-    return [*range(0, longest, step), longest]
-
-
 def _run(
     model: nn.Module,
     ids: Sequence[Tensor],
@@ -144,17 +143,12 @@ def _run(
             with torch.no_grad():
                 values = token_losses(model, row[None, :length].to(device), chunk=chunk).cpu().numpy()
             if not np.isfinite(values).all():
-                raise NumericalError(_not_finite(names[index], values))
+                raise NumericalError(f"{names[index]}: {not_finite(values)}")
             losses[length][index] = values
             done += length
             if progress:
                 progress(done, everything)
     return losses
-
-
-def _not_finite(name: str, values: npt.NDArray[np.float32]) -> str:
-    place = int(np.flatnonzero(~np.isfinite(values))[0]) + 2
-    return f"the model gives a NaN or infinite loss at token {place} of {name}; try --dtype float32 or other factors"
 
 
 def _checked_lengths(lengths: Sequence[int]) -> list[int]:
@@ -171,25 +165,17 @@ def _check_rows(model: Any, ids: Sequence[Tensor], names: Sequence[str], longest
     for row, name in zip(ids, names):
         if row.shape[0] < longest:
             raise TextTooShortError(f"{name} has {row.shape[0]:,} tokens; {longest:,} are needed")
-        if int(row.max()) >= vocabulary or int(row.min()) < 0:
-            raise UnsupportedModelError(
-                f"the tokenizer gives the id {int(row.max())} and the model knows {vocabulary} tokens: "
-                "they do not belong together"
-            )
+        check_vocabulary(row.numpy(), vocabulary)
 
 
 def _at_length(losses: npt.NDArray[np.float32], length: int) -> LengthResult:
     part = losses[:, : length - 1].astype(np.float64)
     nll = float(part.sum() / part.size)
-    return LengthResult(length, _exp(nll), nll, part.size, tuple(float(value) for value in part.mean(axis=1)))
+    return LengthResult(length, exp(nll), nll, part.size, tuple(float(value) for value in part.mean(axis=1)))
 
 
 def _spans(losses: npt.NDArray[np.float32], edges: Sequence[int]) -> Iterator[SpanResult]:
     for start, end in itertools.pairwise(edges):
         part = losses[:, max(start, 1) - 1 : end - 1].astype(np.float64)
         if part.size:
-            yield SpanResult(start, end, _exp(float(part.mean())), part.size)
-
-
-def _exp(nll: float) -> float:
-    return math.exp(min(nll, 700.0))
+            yield SpanResult(start, end, exp(float(part.mean())), part.size)

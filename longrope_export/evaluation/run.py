@@ -1,28 +1,31 @@
-"""One evaluation run: data first, then the model, then the tasks, and a result that says how it was made."""
+"""One evaluation run: records and texts first, then each model once, every unit journalled, then the results."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longrope_export.description import ModelDescription
-from longrope_export.errors import ScalingError
-from longrope_export.rope.methods import METHODS
-from longrope_export.scaling import RopeScaling
-from longrope_export.versions import versions
+from longrope_export.errors import LongRopeError, UnsupportedModelError
+from longrope_export.evaluation.journal import EvaluationJournal, journal_path
+from longrope_export.evaluation.protocol import ReadsDocuments, Request, Task, Unit
+from longrope_export.evaluation.registry import load_tasks
+from longrope_export.evaluation.results import EvaluationResult, assemble, notes
+from longrope_export.evaluation.rows import UNCHANGED, ModelRow, RowOptions, build_rows
+from longrope_export.files import output_errors
 
 if TYPE_CHECKING:
     from longrope_export.evaluation.documents import Row
-    from longrope_export.evaluation.passkey import PasskeyResult
-    from longrope_export.evaluation.perplexity import PerplexityResult
-    from longrope_export.evaluation.tables import ComparisonTable
+    from longrope_export.evaluation.engines import RowEngine
 
-TASKS = ("perplexity", "passkey")
-UNCHANGED = "unchanged"
+# What is measured without --tasks; "retention" joins where there is something to compare with the unmodified model.
+DEFAULT_TASKS = ("perplexity", "passkey")
+RETENTION = "retention"
+TRANSFORMERS, LLAMACPP = "transformers", "llamacpp"
 MOST_DOCUMENTS = 5
 
 Progress = Callable[[int, int], None]
@@ -31,148 +34,185 @@ Reporter = Callable[[str], AbstractContextManager[Progress | None]]
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
-    """What `longrope eval` was asked for; `methods` are names, record files or "unchanged".
+    """What `longrope eval` was asked for; `methods` are names of `METHODS`, "unchanged", "plain" or record files.
 
-    `lengths` are tokens; none means the window L and the longer window of the record or of `target`.
+    `lengths` are tokens; none means the window L and the longest window of the rows. No `tasks`: the usual ones.
+    `prefill_chunk` as in `TransformersEngine`. `task_options` holds what was given of the tasks' own options.
     """
 
-    model: Path
-    tasks: tuple[str, ...]
-    lengths: tuple[int, ...]
+    models: tuple[Path, ...]
+    tasks: tuple[str, ...] = ()
+    lengths: tuple[int, ...] = ()
     data: tuple[Path, ...] = ()
     documents: int | None = None
-    scaling: Path | None = None
+    scalings: tuple[Path, ...] = ()
+    methods: tuple[str, ...] = (UNCHANGED,)
     switch: str = "sequence"
     context: int | None = None
-    methods: tuple[str, ...] = ()
     target: int | None = None
+    runtime: str = TRANSFORMERS
     dtype: str | None = None
-    trials: int = 10
-    passkey_mode: str = "both"
+    prefill_chunk: int | None = None
+    position_offset: int = 0
     seed: int = 0
     threads: int | None = None
+    out: Path | None = None
+    command: str | None = None
+    task_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
-class EvaluationResult:
-    """Results of the tasks that were asked for: one model's, or a comparison of several scalings."""
+class Plan:
+    """Everything that is known before a model is loaded; `units` by row name."""
 
     options: EvaluateOptions
-    description: ModelDescription
-    scaling: RopeScaling | None
-    rows: tuple[Row, ...]
-    perplexity: PerplexityResult | None
-    comparison: ComparisonTable | None
-    passkey: dict[str, PasskeyResult]
-    seconds: float
-    versions: dict[str, str] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form of everything that was measured and of what is needed to measure it again."""
-        from longrope_export.evaluation.documents import data_hash
-
-        options = self.options
-        passkey = {name: result.to_dict() for name, result in self.passkey.items()}
-        return {
-            "model": str(options.model),
-            "window": self.description.original_window,
-            "lengths": list(options.lengths),
-            "switch": None if options.methods else options.switch,
-            "context": options.context,
-            "scaling": None if self.scaling is None else self.scaling.to_dict(),
-            "data": [str(path) for path in options.data],
-            "documents": [row.name for row in self.rows],
-            "data_sha256": data_hash(self.rows) if self.rows else None,
-            "dtype": options.dtype,
-            "threads": options.threads,
-            "seed": options.seed,
-            "perplexity": None if self.perplexity is None else self.perplexity.to_dict(),
-            "comparison": None if self.comparison is None else self.comparison.to_dict(),
-            "passkey": passkey if options.methods else passkey.get(""),
-            "seconds": round(self.seconds, 3),
-            "versions": self.versions,
-        }
+    models: tuple[ModelDescription, ...]
+    rows: tuple[ModelRow, ...]
+    tasks: tuple[Task, ...]
+    request: Request
+    units: Mapping[str, Mapping[str, Unit]]
 
 
 def run_evaluation(
-    options: EvaluateOptions, description: ModelDescription, report: Reporter = lambda title: nullcontext()
+    options: EvaluateOptions,
+    models: Sequence[ModelDescription],
+    report: Reporter = lambda title: nullcontext(),
+    say: Callable[[str], None] = lambda line: None,
 ) -> EvaluationResult:
-    """Check records and data, load the model, run the tasks; `report(title)` gives a progress callback.
+    """Check records and texts, run what the journal does not hold yet, and write and return the results.
 
-    Raises a `LongRopeError` before the model is loaded when a record, a text or a length does not fit.
+    `models` describe `options.models`; `report(title)` gives a progress callback, `say` takes what is to be known before
+    it is waited for. With `options.out` every unit is on
+    the disk when it is done: the same call goes on after an interruption, one with other options raises
+    `StaleStateError`. Raises a `LongRopeError` before a model is loaded when a record, a text or a length does not fit.
     """
     started = time.perf_counter()
-    scaling, scalings = _records(options, description)
-    options = replace(options, lengths=_lengths(options, description, scaling))
-    rows, tokenizer = _data(options)
-    model = _load(options, scaling)
-    perplexity, comparison = _perplexity(options, model, rows, scalings, description, report)
-    return EvaluationResult(
-        options=options,
-        description=description,
-        scaling=scaling,
-        rows=tuple(rows),
-        perplexity=perplexity,
-        comparison=comparison,
-        passkey=_passkey(options, model, tokenizer, scalings, report),
-        seconds=time.perf_counter() - started,
-        versions=versions(),
+    plan = make_plan(options, models)
+    for line in notes(plan):
+        say(f"note: {line}")
+    with _journal(plan) as journal:
+        if known := sum(key in journal.row(name) for name, units in plan.units.items() for key in units):
+            say(f"{options.out}: going on, {known} of {sum(map(len, plan.units.values()))} parts are there")
+        _measure(plan, journal, report)
+        result = assemble(plan, journal.values, time.perf_counter() - started)
+        if options.out:
+            result.write(options.out)
+    return result
+
+
+def make_plan(options: EvaluateOptions, models: Sequence[ModelDescription]) -> Plan:
+    """Rows, texts and units of a run; raises a `LongRopeError` for what does not fit."""
+    window = models[0].original_window
+    lengths = options.lengths or _default_lengths(options, models)
+    rows = build_rows(models, row_options(options), max(lengths) + options.position_offset)
+    _check_runtime(options, rows)
+    reference = next((row.name for row in rows if row.is_reference), None)
+    tasks = load_tasks(options.tasks or _default_tasks(rows, reference))
+    request = Request(
+        lengths=tuple(sorted(set(lengths))),
+        window=window,
+        seed=options.seed,
+        tokenizer=None,
+        rows=tuple(row.name for row in rows),
+        reference=reference,
+        runtime=options.runtime,
+        offset=options.position_offset,
+        options=_task_options(tasks, options.task_options),
+    )
+    request = _with_texts(request, tasks, options)
+    units = {row.name: {unit.key: unit for task in tasks for unit in task.units(request, row)} for row in rows}
+    return Plan(options, tuple(models), rows, tasks, request, units)
+
+
+def row_options(options: EvaluateOptions) -> RowOptions:
+    """The part of the options that decides the rows."""
+    return RowOptions(
+        methods=options.methods,
+        scalings=options.scalings,
+        target=options.target,
+        switch=options.switch,
+        context=options.context,
     )
 
 
-def _records(
-    options: EvaluateOptions, description: ModelDescription
-) -> tuple[RopeScaling | None, dict[str, RopeScaling | None]]:
-    from longrope_export.formats.records import read_scaling
-
-    scaling = description.scaling if options.scaling is None else read_scaling(options.scaling)
-    if scaling is None and options.switch != "sequence":
-        raise ScalingError(f"--switch {options.switch} chooses a record's set, and there is none; give --scaling")
-    target = options.target or max(options.lengths, default=description.window)
-    scalings = dict(_method_record(name, description, target) for name in options.methods)
-    if len(scalings) != len(options.methods):
-        raise ScalingError("--methods names one row twice; give each method or file once")
-    for record in (scaling, *scalings.values()):
-        if record is not None:
-            record.check_model(description.rotary_dim, description.rope_theta)
-    return scaling, scalings
+def _default_lengths(options: EvaluateOptions, models: Sequence[ModelDescription]) -> tuple[int, ...]:
+    windows = [options.target or 0, *(model.window for model in models)]
+    for row in build_rows(models, row_options(options), max(windows)):
+        windows.append(0 if row.scaling is None else row.scaling.max_position_embeddings)
+    return tuple(sorted({models[0].original_window, max(windows)}))
 
 
-def _lengths(options: EvaluateOptions, description: ModelDescription, scaling: RopeScaling | None) -> tuple[int, ...]:
-    if options.lengths:
-        return options.lengths
-    longer = options.target or (description.window if scaling is None else scaling.max_position_embeddings)
-    return tuple(sorted({description.original_window, longer}))
+def _default_tasks(rows: Sequence[ModelRow], reference: str | None) -> tuple[str, ...]:
+    return (*DEFAULT_TASKS[:1], *([RETENTION] if reference and len(rows) > 1 else []), *DEFAULT_TASKS[1:])
 
 
-def _method_record(name: str, description: ModelDescription, target: int) -> tuple[str, RopeScaling | None]:
-    from longrope_export.formats.records import read_scaling
-    from longrope_export.pipeline import closed_form_scaling
+def _task_options(tasks: Sequence[Task], given: Mapping[str, Any]) -> dict[str, Any]:
+    known = {option.name: option.default for task in tasks for option in task.options}
+    for name in given:
+        if name not in known:
+            raise LongRopeError(
+                f"--{name.replace('_', '-')} belongs to none of the tasks {', '.join(task.name for task in tasks)}; "
+                "name its task in --tasks or leave it out"
+            )
+    return {**known, **given}
 
-    if name == UNCHANGED:
-        return name, None
-    if name not in METHODS and Path(name).exists():
-        return Path(name).stem, read_scaling(name)
-    return name, closed_form_scaling(description, target, name)
+
+def _check_runtime(options: EvaluateOptions, rows: Sequence[ModelRow]) -> None:
+    if options.runtime != LLAMACPP:
+        return
+    if others := [row.name for row in rows if row.method != UNCHANGED]:
+        raise UnsupportedModelError(
+            f"llama.cpp applies what a file carries and nothing else ({', '.join(others)}): "
+            "write the factors into a copy with `longrope patch` and name both files"
+        )
+    for row in rows:
+        if row.model.kind != "gguf":
+            raise UnsupportedModelError(f"{row.model.path} is no GGUF file; --runtime llamacpp runs GGUF files only")
+    wanted = {
+        "dtype": options.dtype,
+        "prefill-chunk": options.prefill_chunk,
+        "position-offset": options.position_offset,
+    }
+    wanted |= {"switch": options.switch if options.switch in ("short", "long") else None}
+    if named := [f"--{name}" for name, value in wanted.items() if value]:
+        raise LongRopeError(f"{', '.join(named)}: not with --runtime llamacpp, which decides that by itself")
 
 
-def _data(options: EvaluateOptions) -> tuple[list[Row], Any]:
-    from longrope_export.evaluation.documents import evaluation_rows, find_text_files, load_tokenizer
-    from longrope_export.evaluation.passkey import passkey_prompts
+def _with_texts(request: Request, tasks: Sequence[Task], options: EvaluateOptions) -> Request:
+    from longrope_export.evaluation.documents import find_text_files, load_tokenizer
 
     # Paths are looked at first: the tokenizer of a big GGUF takes seconds to read.
-    files = find_text_files(options.data)
-    tokenizer = load_tokenizer(options.model)
-    rows: list[Row] = []
-    if "perplexity" in options.tasks:
-        longest = max(options.lengths)
-        if files:
-            rows = evaluation_rows(files, tokenizer, longest, options.documents, at_most=MOST_DOCUMENTS)
-        else:
-            rows = standard_library_rows(tokenizer, longest, options.documents)
-    if "passkey" in options.tasks:
-        passkey_prompts(tokenizer, min(options.lengths), options.trials, options.seed)
-    return rows, tokenizer
+    request = replace(request, data=tuple(find_text_files(options.data)))
+    request = replace(request, tokenizer=load_tokenizer(options.models[0]))
+    wanted = [entry for task in tasks if isinstance(task, ReadsDocuments) for entry in task.wanted(request)]
+    request = replace(request, wanted=tuple(dict.fromkeys(wanted)))
+    if request.offset and (others := [task.name for task in tasks if task.name != "perplexity"]):
+        raise LongRopeError(f"--position-offset is for the task perplexity; leave out {', '.join(others)}")
+    tokens = max(task.document_tokens(request) for task in tasks)
+    if tokens:
+        request = replace(request, documents=tuple(_documents(request, tokens, options.documents)))
+        for path in options.models[1:]:
+            _check_same_tokens(request, path, options, tokens)
+    return request
+
+
+def _documents(request: Request, tokens: int, documents: int | None) -> list[Row]:
+    from longrope_export.evaluation.documents import rows_from_texts
+
+    if request.data:
+        return rows_from_texts(request.texts(), request.tokenizer, tokens, documents, at_most=MOST_DOCUMENTS)
+    return standard_library_rows(request.tokenizer, tokens, documents)
+
+
+def _check_same_tokens(request: Request, path: Path, options: EvaluateOptions, tokens: int) -> None:
+    from longrope_export.evaluation.documents import data_hash, load_tokenizer
+
+    other = replace(request, tokenizer=load_tokenizer(path))
+    if data_hash(_documents(other, tokens, options.documents)) != data_hash(request.documents):
+        raise UnsupportedModelError(
+            f"{path} splits the texts into other tokens than {options.models[0]}: losses a token cannot be compared; "
+            "evaluate it in a run of its own"
+        )
 
 
 def standard_library_rows(tokenizer: Any, length: int, documents: int | None = None) -> list[Row]:
@@ -184,64 +224,50 @@ def standard_library_rows(tokenizer: Any, length: int, documents: int | None = N
     return rows_from_texts(texts, tokenizer, length, documents, at_most=MOST_DOCUMENTS)
 
 
-def _load(options: EvaluateOptions, scaling: RopeScaling | None) -> Any:
-    import torch
+def _journal(plan: Plan) -> EvaluationJournal:
+    from longrope_export.evaluation.identity import evaluation_header
 
-    from longrope_export.loader import load
-
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    keywords: dict[str, Any] = {} if options.dtype is None else {"dtype": getattr(torch, options.dtype)}
-    if options.methods:
-        return load(options.model, **keywords)
-    return load(options.model, scaling, switch=options.switch, context=options.context, **keywords)  # type: ignore[arg-type]
+    out = plan.options.out
+    if out is None:
+        return EvaluationJournal(None, {})
+    with output_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    return EvaluationJournal(journal_path(out), evaluation_header(plan))
 
 
-def _perplexity(
-    options: EvaluateOptions,
-    model: Any,
-    rows: Sequence[Row],
-    scalings: dict[str, RopeScaling | None],
-    description: ModelDescription,
-    report: Reporter,
-) -> tuple[PerplexityResult | None, ComparisonTable | None]:
-    from longrope_export.evaluation.perplexity import evaluate_perplexity
-    from longrope_export.evaluation.tables import compare_methods
+def _measure(plan: Plan, journal: EvaluationJournal, report: Reporter) -> None:
+    missing = {
+        row.name: [unit for key, unit in plan.units[row.name].items() if key not in journal.row(row.name)]
+        for row in plan.rows
+    }
+    if not any(missing.values()):
+        return
+    everything, done = sum(unit.cost for units in missing.values() for unit in units), 0
+    with report("evaluation") as progress:
+        for row, engine in _engines(plan, missing):
+            for unit in missing[row.name]:
+                began = time.perf_counter()
+                engine.rotate(row, row.factor_set(unit.length, unit.side), unit.length)
+                try:
+                    value = unit.run(engine)
+                except LongRopeError as error:
+                    raise type(error)(f"{row.name}: {error}") from error
+                journal.append(row.name, unit.key, value, time.perf_counter() - began)
+                done += unit.cost
+                if progress:
+                    progress(done, everything)
 
-    if "perplexity" not in options.tasks:
-        return None, None
-    with report("perplexity") as progress:
-        if not scalings:
-            return evaluate_perplexity(model, rows, options.lengths, progress=progress), None
-        window = min(description.original_window, max(options.lengths))
-        return None, compare_methods(model, rows, options.lengths, scalings, window=window, progress=progress)
 
+def _engines(plan: Plan, missing: Mapping[str, Sequence[Unit]]) -> Iterator[tuple[ModelRow, RowEngine]]:
+    """Each row that has something to do, with the engine of its model; one model is in memory at a time."""
+    from longrope_export.evaluation.engines import open_engine
 
-def _passkey(
-    options: EvaluateOptions,
-    model: Any,
-    tokenizer: Any,
-    scalings: dict[str, RopeScaling | None],
-    report: Reporter,
-) -> dict[str, PasskeyResult]:
-    from longrope_export.evaluation.passes import fixed_set
-    from longrope_export.evaluation.passkey import evaluate_passkey
-
-    if "passkey" not in options.tasks:
-        return {}
-    results: dict[str, PasskeyResult] = {}
-    for name, scaling in (scalings or {"": None}).items():
-        with (
-            nullcontext() if scaling is None else fixed_set(model, scaling, "long"),
-            report(f"passkey {name}".strip()) as progress,
-        ):
-            results[name] = evaluate_passkey(
-                model,
-                tokenizer,
-                options.lengths,
-                options.trials,
-                options.seed,
-                options.passkey_mode,  # type: ignore[arg-type]
-                progress=progress,
-            )
-    return results
+    for model, path in zip(plan.models, plan.options.models):
+        rows = [row for row in plan.rows if row.model is model and missing[row.name]]
+        if not rows:
+            continue
+        engine = open_engine(path, model, plan.options, plan.request.tokenizer)
+        try:
+            yield from ((row, engine) for row in rows)
+        finally:
+            engine.close()

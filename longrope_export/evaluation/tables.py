@@ -11,7 +11,6 @@ from torch import nn
 
 from longrope_export.evaluation.documents import Row, data_hash
 from longrope_export.evaluation.passes import fixed_set, original_window
-from longrope_export.evaluation.passkey import PasskeyResult
 from longrope_export.evaluation.perplexity import PerplexityResult, evaluate_perplexity
 from longrope_export.scaling import RopeScaling
 
@@ -172,39 +171,108 @@ def render_comparison(table: ComparisonTable) -> Table:
     return drawn
 
 
-def render_perplexity(result: PerplexityResult) -> list[Table]:
-    """Perplexity by length and by span as two rich tables."""
-    from rich.table import Table
-
-    lengths = Table(title=f"Perplexity on {len(result.documents)} documents")
-    for name in ("tokens", "perplexity", "nats a token", "measured tokens"):
-        lengths.add_column(name, justify="right")
-    for entry in result.lengths:
-        lengths.add_row(f"{entry.length:,}", perplexity_text(entry.perplexity), f"{entry.nll:.4f}", f"{entry.tokens:,}")
-    spans = Table(title=f"Within the {result.lengths[-1].length:,} tokens")
-    for name in ("span", "perplexity"):
-        spans.add_column(name, justify="right")
-    for span in result.spans:
-        spans.add_row(f"{span.start:,} – {span.end:,}", perplexity_text(span.perplexity))
-    return [lengths, spans]
-
-
-def render_passkey(results: Mapping[str, PasskeyResult]) -> Table:
-    """Passkey accuracy as a rich table: a row per set of factors and length, teacher-forced and generated."""
+def length_table(title: str, result: Mapping[str, Any]) -> Table:
+    """Perplexity by row and length with intervals; what is surely better than the first row is marked."""
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(title="Passkey retrieval")
-    drawn.add_column("factors")
-    for name in ("tokens", "trials", "teacher-forced", "generated"):
-        drawn.add_column(name, justify="right")
-    for factors, result in results.items():
-        for length in result.lengths:
-            trials = sum(trial.length == length for trial in result.trials)
-            shares = [result.accuracy(length, "forced"), result.accuracy(length, "generate")]
-            cells = ["–" if share is None else f"{share:.1%}" for share in shares]
-            drawn.add_row(Text(factors), f"{length:,}", str(trials), *cells)
+    drawn = Table(title=title, caption=_CAPTION if _has_intervals(result) else None)
+    drawn.add_column("factors", overflow="fold")
+    for entry in next(iter(result["rows"].values()))["lengths"]:
+        drawn.add_column(f"{_times(entry['length'], result['window'])} ({entry['length']:,})", justify="right")
+    best = _best(result)
+    for name, row in result["rows"].items():
+        cells = [
+            Text(_length_cell(entry), style="bold" if best.get(entry["length"]) == name else "")
+            for entry in row["lengths"]
+        ]
+        drawn.add_row(Text(name), *cells)
     return drawn
+
+
+_CAPTION = "in brackets 95 % intervals over documents; ↓ ↑: surely below, above the first row, paired by document"
+
+
+def _has_intervals(result: Mapping[str, Any]) -> bool:
+    return any(entry["low"] is not None for row in result["rows"].values() for entry in row["lengths"])
+
+
+def _best(result: Mapping[str, Any]) -> dict[int, str]:
+    """The row with the lowest perplexity by length, where there are several."""
+    lowest: dict[int, tuple[float, str]] = {}
+    for name, row in result["rows"].items():
+        for entry in row["lengths"]:
+            found = lowest.get(entry["length"])
+            if found is None or entry["perplexity"] < found[0]:
+                lowest[entry["length"]] = (entry["perplexity"], name)
+    return {length: name for length, (_, name) in lowest.items()} if len(result["rows"]) > 1 else {}
+
+
+def _length_cell(entry: Mapping[str, Any]) -> str:
+    text = perplexity_text(entry["perplexity"])
+    if entry["low"] is not None:
+        text += f" [{perplexity_text(entry['low'])}, {perplexity_text(entry['high'])}]"
+    return text + _direction(entry["difference"])
+
+
+def _direction(difference: Mapping[str, Any] | None) -> str:
+    if difference is None or difference["low"] is None or difference["low"] <= 0.0 <= difference["high"]:
+        return ""
+    return " ↓" if difference["high"] < 0.0 else " ↑"
+
+
+def span_table(result: Mapping[str, Any]) -> Table:
+    """Perplexity by span of positions of the longest length, a column a row of the result."""
+    from rich.table import Table
+
+    drawn = Table(title=f"Within the {max(result['lengths']):,} tokens")
+    drawn.add_column("span", justify="right")
+    for name in result["rows"]:
+        drawn.add_column(name, justify="right", overflow="fold")
+    for spans in zip(*(row["spans"] for row in result["rows"].values())):
+        cells = [perplexity_text(span["perplexity"]) for span in spans]
+        drawn.add_row(f"{spans[0]['start']:,} – {spans[0]['end']:,}", *cells)
+    return drawn
+
+
+def retention_table(result: Mapping[str, Any]) -> Table:
+    """Ratios at the window with the short and the long factors; above 1 is worse than the unmodified model."""
+    from rich.table import Table
+    from rich.text import Text
+
+    title = f"The window of {result['window']:,} tokens against {result['reference']}"
+    drawn = Table(title=f"{title} ({perplexity_text(result['perplexity'])})")
+    drawn.add_column("factors", overflow="fold")
+    for name in ("short factors", "long factors"):
+        drawn.add_column(name, justify="right")
+    for name, row in result["rows"].items():
+        drawn.add_row(Text(name), *(_ratio_cell(row[which]) for which in ("short", "long")))
+    return drawn
+
+
+def _ratio_cell(entry: Mapping[str, Any]) -> str:
+    text = f"{perplexity_text(entry['perplexity'])} = {entry['ratio']:.3f} ×"
+    return text if entry["low"] is None else f"{text} [{entry['low']:.3f}, {entry['high']:.3f}]"
+
+
+def longppl_table(result: Mapping[str, Any]) -> Table:
+    """LongPPL by row and length, with the number of key tokens."""
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(title=f"LongPPL, short context {result['context']:,}, key tokens of {result['evaluator']}")
+    drawn.add_column("factors", overflow="fold")
+    for entry in next(iter(result["rows"].values()))["lengths"]:
+        drawn.add_column(f"{entry['length']:,}", justify="right")
+    for name, row in result["rows"].items():
+        drawn.add_row(Text(name), *(_longppl_cell(entry) for entry in row["lengths"]))
+    return drawn
+
+
+def _longppl_cell(entry: Mapping[str, Any]) -> str:
+    if entry["longppl"] is None:
+        return "no key tokens"
+    return f"{perplexity_text(entry['longppl'])} ({entry['key_tokens']:,} of {entry['tokens']:,} tokens)"
 
 
 def perplexity_text(value: float) -> str:

@@ -12,6 +12,7 @@ import ctypes
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ LIBRARY_FOLDER = "LLAMA_CPP_LIB_PATH"
 CHUNK = 512
 _NAMES = {"win32": "llama.dll", "darwin": "libllama.dylib"}
 _ROWS = 64  # of logits whose exponentials exist at once
+
+# Logits [n, vocabulary] and the tokens that follow [n] → a number for each.
+_Measure = Callable[[npt.NDArray[np.float32], npt.NDArray[np.int64]], npt.NDArray[np.float64]]
 
 
 class _Context(ctypes.Structure):
@@ -157,12 +161,28 @@ class LoadedModel:
         A fresh context of `context` tokens (llama.cpp rounds up to 256) is filled in chunks of `CHUNK`. NaN logits give
         NaN. Raises `RuntimeFailure` when llama.cpp has no memory for it, or a token is not in the vocabulary.
         """
+        return self._measured(_cross_entropy, token_ids, places, context, threads)
+
+    def choices(
+        self, token_ids: npt.NDArray[np.int64], places: npt.NDArray[np.int64], *, context: int, threads: int
+    ) -> npt.NDArray[np.float64]:
+        """The most likely token after tokens 0…p, for every p in the rising `places`; as `losses`, NaN for NaN logits."""
+        return self._measured(_most_likely, token_ids, places, context, threads)
+
+    def _measured(
+        self,
+        measure: _Measure,
+        token_ids: npt.NDArray[np.int64],
+        places: npt.NDArray[np.int64],
+        context: int,
+        threads: int,
+    ) -> npt.NDArray[np.float64]:
         if token_ids.min() < 0 or token_ids.max() >= self.vocabulary:
             raise RuntimeFailure(f"a token id is outside the vocabulary of {self.vocabulary:,}: another model's text")
         handle = self._context(max(context, len(token_ids)), threads)
         try:
             starts = range(0, int(places[-1]) + 1, CHUNK)
-            return np.concatenate([self._chunk_losses(handle, token_ids, places, start) for start in starts])
+            return np.concatenate([self._chunk(handle, measure, token_ids, places, start) for start in starts])
         finally:
             self._call.llama_free(handle)
 
@@ -178,8 +198,13 @@ class LoadedModel:
             raise RuntimeFailure(f"llama.cpp was asked for a context of {context}, batches of {CHUNK} and made {made}")
         return int(handle)
 
-    def _chunk_losses(
-        self, handle: int, token_ids: npt.NDArray[np.int64], places: npt.NDArray[np.int64], start: int
+    def _chunk(
+        self,
+        handle: int,
+        measure: _Measure,
+        token_ids: npt.NDArray[np.int64],
+        places: npt.NDArray[np.int64],
+        start: int,
     ) -> npt.NDArray[np.float64]:
         tokens = np.ascontiguousarray(token_ids[start : start + CHUNK], dtype=np.int32)
         here = places[(places >= start) & (places < start + CHUNK)]
@@ -191,9 +216,10 @@ class LoadedModel:
         if code := self._call.llama_decode(handle, _Batch(len(tokens), *pointers)):
             raise RuntimeFailure(f"llama_decode failed with {code} at token {start:,}")
         logits = np.ctypeslib.as_array(self._call.llama_get_logits(handle), (max(1, len(here)), self.vocabulary))
-        targets = token_ids[here + 1]
+        # What follows the last token is not known, and not looked at by who asks for it.
+        targets = np.append(token_ids, token_ids[:1])[here + 1]
         blocks = [slice(row, row + _ROWS) for row in range(0, len(here), _ROWS)]
-        return np.concatenate([np.zeros(0), *(_cross_entropy(logits[rows], targets[rows]) for rows in blocks)])
+        return np.concatenate([np.zeros(0), *(measure(logits[rows], targets[rows]) for rows in blocks)])
 
 
 def _cross_entropy(logits: npt.NDArray[np.float32], targets: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
@@ -202,3 +228,8 @@ def _cross_entropy(logits: npt.NDArray[np.float32], targets: npt.NDArray[np.int6
     total = np.exp(logits - peak[:, None]).sum(axis=1, dtype=np.float64)
     chosen = logits[np.arange(len(targets)), targets]
     return np.asarray(np.log(total) + (peak.astype(np.float64) - chosen))
+
+
+def _most_likely(logits: npt.NDArray[np.float32], targets: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Index of the largest of logits [n, vocabulary]; NaN where one of them is NaN or infinite."""
+    return np.where(np.isfinite(logits).all(axis=1), logits.argmax(axis=1), np.nan)

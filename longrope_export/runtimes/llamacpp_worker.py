@@ -1,5 +1,7 @@
 """Child process around llama.cpp: reads one job folder, loads one GGUF, answers its requests, exits.
 
+The job "serve" answers further jobs, one JSON line each from stdin to stdout, until stdin ends.
+
 A failed assertion inside llama.cpp aborts the whole interpreter, so nothing else may live in this process. The job
 folder holds `request.json`; the answers are written there as `answer.json` and `probabilities.npy`. The log goes to
 stderr, which the parent keeps.
@@ -13,7 +15,7 @@ import os
 import secrets
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -125,23 +127,50 @@ def loaded(client: Client, request: dict[str, Any], folder: Path) -> dict[str, A
     return {}
 
 
+def serve(client: Client, channel: TextIO, folder: Path) -> None:
+    """Answer the jobs on stdin, one line each; the first line says that the model is loaded."""
+    say(channel, {"loaded": True})
+    for line in sys.stdin:
+        request = json.loads(line)
+        say(channel, answer_to(client, request, folder))
+
+
+def say(channel: TextIO, answer: dict[str, Any]) -> None:
+    """One line, at once."""
+    channel.write(json.dumps(answer) + "\n")
+    channel.flush()
+
+
+def answer_to(client: Client, request: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The job's answer, or what llama.cpp has against it."""
+    try:
+        return JOBS[request["job"]](client, request, folder)
+    except (RuntimeError, OSError, http.client.HTTPException) as error:
+        return {"error": str(error) or type(error).__name__}
+
+
 JOBS = {"probabilities": probabilities, "tokenize": tokens, "generate": generated, "load": loaded}
 
 
 def main(folder: Path) -> None:
     """Run the job of `folder`; an error that llama.cpp reports is part of the answer."""
     request = json.loads((folder / "request.json").read_text())
+    serving = request["job"] == "serve"
+    # llama.cpp prints to stdout as well: what it prints goes to the log, the answers have the pipe for themselves.
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     key = secrets.token_hex(16)
     try:
         server = start_server(request, key)
     except (RuntimeError, ValueError) as error:
-        write_answer(folder, {"error": str(error), "refused": True})
+        refusal = {"error": str(error), "refused": True}
+        say(channel, refusal) if serving else write_answer(folder, refusal)
         return
-    try:
-        answer = JOBS[request["job"]](Client(server.listening_address, key), request, folder)
-    except (RuntimeError, OSError, http.client.HTTPException) as error:
-        answer = {"error": str(error) or type(error).__name__}
-    write_answer(folder, answer)
+    client = Client(server.listening_address, key)
+    if serving:
+        serve(client, channel, folder)
+    else:
+        write_answer(folder, answer_to(client, request, folder))
     # The server's destructor can wait for ever for a main loop that has not begun: leave without it.
     os._exit(0)
 

@@ -125,8 +125,8 @@ def test_a_missing_path_and_an_empty_folder_are_named(tmp_path: Path) -> None:
 
 def test_a_file_that_is_not_utf8_is_named_with_the_place(tmp_path: Path) -> None:
     path = tmp_path / "latin.txt"
-    path.write_bytes("caf\xe9".encode("latin-1"))
-    with pytest.raises(InputFileError, match=r"latin\.txt is not UTF-8 text \(byte 3\)"):
+    path.write_bytes("one\ncaf\xe9".encode("latin-1"))
+    with pytest.raises(InputFileError, match=r"latin\.txt is not UTF-8 text \(line 2, byte 7\)"):
         read_text(path)
 
 

@@ -1,4 +1,4 @@
-"""The child process of `llamacpp_objective`: holds one GGUF in llama.cpp and scores texts, one JSON line each.
+"""The child process of `llamacpp_scorer`: holds one GGUF in llama.cpp and scores texts, one JSON line each.
 
 A failed assertion inside llama.cpp kills the interpreter, so nothing else lives here. Requests come on stdin, answers go
 to stdout, llama.cpp's log to stderr, which the owner keeps. It leaves when stdin ends, in the middle of a text too.
@@ -47,11 +47,12 @@ class Scorer:
         self._model: LoadedModel | None = None
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The losses that a request asks for."""
+        """The losses, or the most likely tokens, that a request asks for."""
         token_ids, places = np.array(request["token_ids"]), np.array(request["places"])
         model = self._loaded(Path(request["gguf"]), request["changed"])
-        losses = model.losses(token_ids, places, context=request["context"], threads=request["threads"])
-        return {"losses": losses.tolist(), "library": str(self._library and self._library.path)}
+        measure = {"losses": model.losses, "choices": model.choices}[request["wanted"]]
+        values = measure(token_ids, places, context=request["context"], threads=request["threads"])
+        return {"values": values.tolist(), "library": str(self._library and self._library.path)}
 
     def _loaded(self, gguf: Path, changed: bool) -> LoadedModel:
         self._library = self._library or Library(library_path())

@@ -1,0 +1,1 @@
+"""The tasks of `longrope eval`, one a file."""

@@ -1,0 +1,144 @@
+"""`run_recipe`: every stage in order, each in a folder that is used again when it is finished, then the model and its proof."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from longrope_export.description import describe
+from longrope_export.files import write_text
+from longrope_export.fingerprint import fingerprint
+from longrope_export.recipe.commands import TUNED, parsed, record_of, shell_line
+from longrope_export.recipe.measure import UNCHANGED, Measurer, closed_forms
+from longrope_export.recipe.output import write_output
+from longrope_export.recipe.plan import Job, Step, plan_recipe, recipe_texts
+from longrope_export.recipe.progress import finish_stage, finished_stage
+from longrope_export.rope.methods import METHODS
+from longrope_export.scaling import RopeScaling
+
+Say = Callable[[str], None]
+
+
+def run_recipe(job: Job, say: Say) -> dict[str, Any]:
+    """Follow the recipe and return its report, JSON-ready; what is finished already is not done again.
+
+    `job.out` ends with one folder for each stage, the extended model in `model/`, and `report.json`.
+    """
+    steps = plan_recipe(job)
+    job.out.mkdir(parents=True, exist_ok=True)
+    write_text(job.out / "recipe.json", json.dumps({"recipe": job.recipe.name}) + "\n", overwrite=True)
+    window = describe(job.model).window
+    report_texts = [Path(text) for text in recipe_texts(job)["report"]] if job.recipe.report.lengths else []
+    runner = _Runner(job, Measurer(job.recipe.report, report_texts, window, job.chosen_seed), say)
+    results = [runner.before(steps[0])] if report_texts else []
+    results += [runner.run(number, step) for number, step in enumerate(steps, 1)]
+    return runner.finish(steps, results)
+
+
+class _Runner:
+    """Runs, measures and keeps each stage."""
+
+    def __init__(self, job: Job, measurer: Measurer, say: Say) -> None:
+        self._job, self._measurer, self._say = job, measurer, say
+
+    def before(self, first: Step) -> dict[str, Any]:
+        """What the given model does as it is, and under the closed forms for the first stage's length."""
+        folder = self._job.out / "0-before"
+        identity = {"model": fingerprint(self._job.model), **self._report_identity()}
+        left = finished_stage(folder, identity)
+        if left is None:
+            self._say("measuring the model as it was given")
+            folder.mkdir(parents=True, exist_ok=True)
+            left = self._measured(self._job.model, first.target, {UNCHANGED: None})
+            finish_stage(folder, identity, left)
+        return {"stage": "before", **left}
+
+    def run(self, number: int, step: Step) -> dict[str, Any]:
+        """One stage's result: what it was, how long it took, and what was measured after it."""
+        stage, job = step.stage, self._job
+        title = f"stage {number} of {len(job.recipe.stages)}, {stage.name}"
+        _write_closed_form(step)
+        identity = {
+            "stage": json.loads(json.dumps(asdict(stage))),
+            "seed": job.chosen_seed,
+            "model": fingerprint(step.model),
+            "factors": None if step.factors is None else _bits(step.factors),
+            **self._report_identity(),
+        }
+        left = finished_stage(step.folder, identity)
+        if left is not None:
+            self._say(f"{title}: finished before")
+            return left
+        self._say(f"{title}: {shell_line(step.words)}")
+        started = time.perf_counter()
+        _execute(step, self._say)
+        seconds = round(time.perf_counter() - started, 1)
+        result = {
+            "stage": stage.name, "kind": stage.kind, "window": step.window, "target": step.target,
+            "command": shell_line(step.words), "seconds": seconds, **self._after(step),
+        }  # fmt: skip
+        finish_stage(step.folder, identity, result)
+        return result
+
+    def finish(self, steps: Sequence[Step], results: list[dict[str, Any]]) -> dict[str, Any]:
+        """The extended model in `model/`, its proof, and report.json."""
+        job, last = self._job, steps[-1]
+        record = RopeScaling.from_json(record_of(last.stage, last.folder).read_text("utf-8"))
+        model = last.folder / TUNED if last.stage.kind == "finetune" else last.model
+        report = {"recipe": job.recipe.name, "about": job.recipe.about, "seed": job.chosen_seed, "stages": results}
+        report |= {"scaling": record.to_dict(), **write_output(job, model, record, results, self._say)}
+        write_text(job.out / "report.json", json.dumps(report, indent=2) + "\n", overwrite=True)
+        return report
+
+    def _after(self, step: Step) -> dict[str, Any]:
+        if not self._measurer.plan.lengths:
+            return {}
+        self._say(f"measuring after {step.stage.name}")
+        record = RopeScaling.from_json(record_of(step.stage, step.folder).read_text("utf-8"))
+        if step.stage.kind == "finetune":
+            return self._measured(step.folder / TUNED, 0, {step.stage.name: record})
+        return self._measured(step.model, step.target, {step.stage.name: record})
+
+    def _measured(self, model: Path, target: int, scalings: Mapping[str, RopeScaling | None]) -> dict[str, Any]:
+        # Factors of a closed form on weights that were tuned with others would say nothing.
+        forms = closed_forms(model, target, self._measurer.plan.baselines) if target else {}
+        return self._measurer.measure(model, {**forms, **scalings})
+
+    def _report_identity(self) -> dict[str, Any]:
+        return {"report": json.loads(json.dumps(asdict(self._measurer.plan)))}
+
+
+def _execute(step: Step, say: Say) -> None:
+    options = parsed(step.words, step.stage.name)
+    if step.stage.kind == "finetune":
+        from longrope_export.cli.finetune import finetune_config
+        from longrope_export.cli.progress import progress as bar
+        from longrope_export.training.finetune import run
+
+        with bar("fine-tuning") as report:
+            run(finetune_config(options), report, say)
+        return
+    from longrope_export.cli.search import search_config
+    from longrope_export.search.progress import SearchProgress
+    from longrope_export.search.run import run_search
+
+    with SearchProgress() as progress:
+        run_search(search_config(options), progress)
+
+
+def _write_closed_form(step: Step) -> None:
+    if step.stage.factors not in METHODS or step.factors is None:
+        return
+    record = closed_forms(step.model, step.target, [step.stage.factors])[step.stage.factors]
+    step.folder.mkdir(parents=True, exist_ok=True)
+    write_text(step.factors, record.to_json(), overwrite=True)
+
+
+def _bits(path: Path) -> list[Any]:
+    """What a record applies, without how it was found."""
+    record = RopeScaling.from_json(path.read_text("utf-8"))
+    return [value for name, value in record.to_dict().items() if name != "provenance"]

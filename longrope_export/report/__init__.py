@@ -1,0 +1,1 @@
+"""What a folder holds (factors, searches, evaluations) as one self-contained HTML page and PNG figures."""

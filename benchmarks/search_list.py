@@ -23,6 +23,12 @@ def _descend(name: str, about: str, **options: Any) -> Arm:
 
 
 _DEFAULT: dict[str, Any] = {"budget": "7.5"}
+
+
+def _default(name: str, about: str, **options: Any) -> Arm:
+    return Arm(name, f"the default, but {about}", {**_DEFAULT, **options}, 64, retrieve=True)
+
+
 _FEW: dict[str, Any] = {
     "budget": "1.15", "short": "original", "objective": "perplexity", "baselines": ("yarn",), "start_tokens": (0,),
 }  # fmt: skip
@@ -35,22 +41,20 @@ _ARMS = (
     Arm("default", "`longrope search` as it comes: 480 forward passes on 64 documents (`--budget 7.5`: whatever the clock says)",
         _DEFAULT, 64, retrieve=True),
     Arm("default-dimensions", "the default without n̂", {**_DEFAULT, "start_tokens": (0,)}, 64),
-    Arm("default-monotone", "the default with `--constraint monotone`",
-        {**_DEFAULT, "gradient": GradientOptions(constraint="monotone")}, 64, retrieve=True),
-    Arm("default-monotone-perplexity", "the default with `--constraint monotone --objective perplexity`",
-        {**_DEFAULT, "gradient": GradientOptions(constraint="monotone"), "objective": "perplexity"}, 64, retrieve=True),
-    Arm("default-monotone-0.03", "the default with `--constraint monotone --objective perplexity=0.97,needle=0.03`",
-        {**_DEFAULT, "gradient": GradientOptions(constraint="monotone"), "objective": "perplexity=0.97,needle=0.03"}, 64,
-        retrieve=True),
-    Arm("eightieth", "1/80 of Algorithm 1, the choice included: perplexity alone, YaRN the one closed form, no n̂, "
-        "`--constraint monotone`",
-        {**_FEW, "gradient": GradientOptions(constraint="monotone")}, 64, retrieve=True),
-    Arm("eightieth-free", "the same without the constraint", _FEW, 64, retrieve=True),
+    _default("default-perplexity", "`--objective perplexity`", objective="perplexity"),
+    _default("default-needle-0.1", "`--objective perplexity=0.9,needle=0.1`", objective="perplexity=0.9,needle=0.1"),
+    _default("default-free", "`--constraint none`", gradient=GradientOptions(constraint="none")),
+    _default("default-free-needle-0.1", "`--constraint none --objective perplexity=0.9,needle=0.1`",
+             gradient=GradientOptions(constraint="none"), objective="perplexity=0.9,needle=0.1"),
+    Arm("eightieth", "1/80 of Algorithm 1, the choice included: perplexity alone, YaRN the one closed form, no n̂", _FEW,
+        64, retrieve=True),
+    Arm("eightieth-free", "the same with `--constraint none`", {**_FEW, "gradient": GradientOptions(constraint="none")},
+        64, retrieve=True),
     Arm("gguf", "the default for a GGUF: attention factor 1, no n̂", {**_DEFAULT, "runtime": "gguf"}, 64, retrieve=True),
     Arm("gguf-attention", "for a GGUF with `--attention method --learn-attention`",
         {**_DEFAULT, "runtime": "gguf", "attention": "method", "learn_attention": True}, 64, retrieve=True),
     Arm("descent-128", "the default with 128 forward passes and no short set", _BASE, 64, retrieve=True),
-    _descend("monotone", "`--constraint monotone`", constraint="monotone"),
+    _descend("free", "`--constraint none`", constraint="none"),
     _descend("paper", "`--constraint paper`", constraint="paper"),
     _change("attention-fixed", "YaRN's attention factor is kept", learn_attention=False),
     _change("attention-one", "the attention factor is 1", attention="1.0", learn_attention=False),
@@ -67,12 +71,15 @@ _ARMS = (
     _change("early-4x", "three quarters of the steps on pieces of half the length", early_length="4x"),
     _change("critical-dim", "`--strategy critical-dim`", strategy="critical-dim"),
     _change("perplexity-alone", "`--objective perplexity`", objective="perplexity", retrieve=True),
+    _change("needle-0.1", "`--objective perplexity=0.9,needle=0.1`", objective="perplexity=0.9,needle=0.1", retrieve=True),
     _change("needle-0.3", "`--objective perplexity=0.7,needle=0.3`", objective="perplexity=0.7,needle=0.3", retrieve=True),
     _change("last", "`--objective last`", objective="last"),
     Arm("oracle", "not a search: a descent of 1,040 passes on the report documents themselves, to see what factors can reach",
-        {"short": "original", "budget": "40"}, REPORT, seeds=(0,), sees_report=True),
-    Arm("oracle-ntk", "the same, begun at NTK", {"short": "original", "budget": "40", "baselines": ("ntk",)}, REPORT,
-        seeds=(0,), sees_report=True),
+        {"short": "original", "budget": "40", "gradient": GradientOptions(constraint="none")}, REPORT, seeds=(0,),
+        sees_report=True),
+    Arm("oracle-ntk", "the same, begun at NTK",
+        {"short": "original", "budget": "40", "baselines": ("ntk",), "gradient": GradientOptions(constraint="none")},
+        REPORT, seeds=(0,), sees_report=True),
     _change("cmaes", "`--strategy cmaes`", 5, strategy="cmaes", budget="25.6"),
     Arm("cmaes-1600", "`--strategy cmaes` with its default of 1,600 forward passes",
         {"strategy": "cmaes", "short": "original"}, 5),

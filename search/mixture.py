@@ -20,7 +20,7 @@ PERPLEXITY, LAST, NEEDLE, SHORT = "perplexity", "last", "needle", "short"
 # The parts of a weighted mean; "short" is a penalty on top of it.
 AVERAGED = (PERPLEXITY, LAST, NEEDLE)
 # What "auto" means where a needle fits and the optimiser is ours: perplexity alone lets retrieval go.
-AUTO, WITH_NEEDLES = "auto", "perplexity=0.9,needle=0.1"
+AUTO, WITH_NEEDLES = "auto", "perplexity=0.97,needle=0.03"
 LAST_SHARE = 0.25
 
 

@@ -57,7 +57,7 @@ def _names(ctx: click.Context, param: click.Parameter, text: str | None) -> tupl
     "--objective",
     metavar="NAME=WEIGHT,…",
     help="What is lowered: a mixture of perplexity, last, needle; and short, a penalty. With llamacpp in the list, "
-    "llama.cpp measures it on a GGUF.  [default: auto: perplexity=0.9,needle=0.1, but perplexity for evolution and where "
+    "llama.cpp measures it on a GGUF.  [default: auto: perplexity=0.97,needle=0.03, but perplexity for evolution and where "
     "no needle fits]",
 )
 @click.option("--last-share", type=float, help="Share of the tokens that `last` scores.  [default: 0.25]")
@@ -141,7 +141,7 @@ def _names(ctx: click.Context, param: click.Parameter, text: str | None) -> tupl
 @click.option(
     "--constraint",
     type=click.Choice(["none", "monotone", "paper"]),
-    help="gradient, cmaes: keep λ non-decreasing, or also within the paper's bounds.  [default: none]",
+    help="gradient, cmaes: keep λ non-decreasing, or also within the paper's bounds.  [default: monotone, cmaes none]",
 )
 @click.option("--learning-rate", type=float, help="gradient: largest step of log λ.  [default: 0.2]")
 @click.option(

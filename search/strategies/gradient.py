@@ -35,7 +35,7 @@ class GradientOptions:
     average: float = 0.3
     patience: int = 3
     documents_per_step: int | None = None
-    constraint: Constraint = "none"
+    constraint: Constraint = "monotone"
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "trust_region", "full_rate_turns"):

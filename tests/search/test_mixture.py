@@ -215,8 +215,8 @@ def test_the_automatic_objective_has_needles_where_they_fit(tiny_tokenizer: Any)
     def chosen(tokenizer: Any = tiny_tokenizer, target: int = 2048, **options: Any) -> str:
         return SearchConfig(**options).with_texts(9, tokenizer, target).objective
 
-    assert chosen() == "perplexity=0.9,needle=0.1"
-    assert chosen(strategy="cmaes") == "perplexity=0.9,needle=0.1"
+    assert chosen() == "perplexity=0.97,needle=0.03"
+    assert chosen(strategy="cmaes") == "perplexity=0.97,needle=0.03"
     assert chosen(strategy="evolution") == "perplexity"
     assert chosen(None) == "perplexity"
     assert chosen(target=128) == "perplexity"

@@ -25,14 +25,15 @@ def search_header(
 ) -> dict[str, Any]:
     """Model, data, options, seed, versions of a resolved `config`, and what its `engine` adds, JSON-ready."""
     return {
+        # Options come before what follows from them: a refusal names the first entry that differs.
         "model": fingerprint,
-        "data": documents_hash(parts),
+        "configuration": config.to_header(),
         "window": numbers.window,
         "target": numbers.target,
         "strategy": config.strategy,
         "seed": config.seed,
-        "configuration": config.to_header(),
         "init": None if init is None else init.to_json(),
+        "data": documents_hash(parts),
         "versions": _versions(config),
         **engine,
     }

@@ -106,7 +106,9 @@ def _asked(journal: bytes) -> list[Any]:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL")
-@pytest.mark.parametrize("options", [GRADIENT, EVOLUTION], ids=["gradient", "evolution"])
+@pytest.mark.parametrize(
+    "options", [GRADIENT, pytest.param(EVOLUTION, marks=pytest.mark.slow)], ids=["gradient", "evolution"]
+)
 def test_killed_and_interrupted_it_ends_in_the_same_bytes(
     tiny_folder: Path, text: Path, tmp_path: Path, options: list[str]
 ) -> None:
@@ -115,7 +117,9 @@ def test_killed_and_interrupted_it_ends_in_the_same_bytes(
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL")
-@pytest.mark.parametrize("options", [GRADIENT, EVOLUTION], ids=["gradient", "evolution"])
+@pytest.mark.parametrize(
+    "options", [GRADIENT, pytest.param(EVOLUTION, marks=pytest.mark.slow)], ids=["gradient", "evolution"]
+)
 def test_killed_over_and_over_it_ends_in_the_same_bytes(
     tiny_folder: Path, text: Path, tmp_path: Path, options: list[str]
 ) -> None:
@@ -258,6 +262,8 @@ OPTIONS: list[tuple[list[str], str, Any]] = [
     (["--strategy", "cmaes", "--patience", "9"], "cmaes.patience", 9),
     (["--strategy", "cmaes", "--constraint", "monotone"], "cmaes.constraint", "monotone"),
     (["--strategy", "cmaes", "--no-race"], "race", False),
+    (["--constraint", "none"], "gradient.constraint", "none"),
+    (["--init", "longrope.json", "--keep-long"], "keep_long", True),
     (["--strategy", "evolution", "--race"], "race", True),
     (["--strategy", "evolution", "--paper-large"], "evolution.population", 32),
     (["--strategy", "evolution", "--paper-large"], "documents", 3),
@@ -365,7 +371,9 @@ def test_the_help_states_the_defaults_that_the_code_has() -> None:
                 continue
             value = getattr(record, parameter.name or "")
             if isinstance(value, int | float | str) and not isinstance(value, bool):
-                wanted = stated[1].split(";")[0].split(":")[0].split(",")[0]
+                parts = stated[1].split(";")[0].split(":")[0].split(", ")
+                own = [part.removeprefix(f"{kind} ") for part in parts if kind and part.startswith(f"{kind} ")]
+                wanted = own[0] if own else parts[0].split(",")[0]
                 assert wanted == str(value), parameter.name
                 checked.add(parameter.name)
     assert {"learning_rate", "documents", "population", "sigma", "short_bound", "objective", "strategy"} <= checked

@@ -162,7 +162,7 @@ CHANGES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     (GRADIENT, {"gradient": GradientOptions(trust_region=0.01)}),
     (GRADIENT, {"gradient": GradientOptions(average=1.0)}),
     (GRADIENT, {"gradient": GradientOptions(documents_per_step=2)}),
-    (GRADIENT, {"gradient": GradientOptions(constraint="monotone")}),
+    (GRADIENT, {"gradient": GradientOptions(constraint="none")}),
     (GRADIENT, {"gradient": GradientOptions(constraint="paper"), "bound": 1.0}),
     (EVOLUTION, {"strategy": "gradient"}),
     (EVOLUTION, {"bound": 2.0}),

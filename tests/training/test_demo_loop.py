@@ -107,6 +107,7 @@ def test_the_rate_rises_stays_and_falls_to_nothing() -> None:
     assert rates[-1] == pytest.approx(1 / (100 - start))
 
 
+@pytest.mark.slow
 def test_it_learns_what_the_weights_ask_for(tmp_path: Path) -> None:
     """Random halves are unpredictable (ln 7 = 1.95) and their repeats are not; only the weighted ones count."""
 

@@ -63,6 +63,7 @@ def test_from_a_library_to_a_model_and_its_card(library: Path, tmp_path: Path) -
     assert (tmp_path / "demo.training" / "checkpoint.pt").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_options_reach_the_run(library: Path, tmp_path: Path) -> None:
     common = ["--trials", 1, "--library", library]

@@ -62,6 +62,7 @@ def test_perplexity_is_that_of_the_card(numbers: dict[str, Any]) -> None:
     assert measured.perplexity == pytest.approx(numbers["report_perplexity"], rel=tolerance)
 
 
+@pytest.mark.slow
 def test_another_library_is_near_the_card_but_not_equal(numbers: dict[str, Any], tmp_path: Path) -> None:
     """A copy of the report split without its blank lines stands for another Python's; docs/demo-model.md has real ones."""
     library = Path(sysconfig.get_path("stdlib"))

@@ -164,6 +164,7 @@ def test_closed_forms_can_be_tuned_with(tiny_folder: Path, texts: dict[str, Path
     assert "--to" not in report["stages"][0]["command"]
 
 
+@pytest.mark.slow
 def test_a_killed_recipe_is_continued_to_the_same_files(
     done: tuple[Job, dict[str, Any]], texts: dict[str, Path], tmp_path: Path
 ) -> None:

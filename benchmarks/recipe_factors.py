@@ -41,8 +41,7 @@ def recipe_of(arm: str) -> Recipe:
         return recipe
     first, tune = recipe.stages[:2]
     options = {**tune.options, "to": first.options["to"]}
-    report = replace(recipe.report, lengths=recipe.report.lengths[:2])
-    return replace(recipe, stages=(replace(tune, factors=arm, options=options),), report=report)
+    return replace(recipe, stages=(replace(tune, factors=arm, options=options),))
 
 
 @click.group()

@@ -16,7 +16,7 @@ from longrope_export.evaluation.tables import compare_methods
 from longrope_export.lengths import resolve_length
 from longrope_export.loader import load
 from longrope_export.recipe.schema import ReportPlan
-from longrope_export.scaling import RopeScaling
+from longrope_export.scaling import MAX_LENGTH, RopeScaling
 
 UNCHANGED = "unchanged"
 
@@ -30,39 +30,48 @@ class Measurer:
     window: int
     seed: int
 
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens, rising."""
-        return sorted({resolve_length(length, self.window) for length in self.plan.lengths})
+    def lengths(self, target: int) -> list[int]:
+        """Tokens, rising, up to the window and to `target`: what factors were not made for says nothing about them."""
+        asked = {resolve_length(length, self.window) for length in self.plan.lengths}
+        return sorted(length for length in asked if length <= max(target, self.window))
 
     def rows(self, model: Path) -> list[Row]:
-        """The first tokens of every report document, as the model's tokenizer cuts them."""
-        return evaluation_rows(self.texts, load_tokenizer(model), max(self.lengths), self.plan.documents)
+        """The same report documents at every length, as the model's tokenizer cuts them."""
+        longest = max(self.lengths(MAX_LENGTH))
+        return evaluation_rows(self.texts, load_tokenizer(model), longest, self.plan.documents)
 
-    def measure(self, path: Path, scalings: Mapping[str, RopeScaling | None]) -> dict[str, Any]:
+    def measure(self, path: Path, target: int, scalings: Mapping[str, RopeScaling | None]) -> dict[str, Any]:
         """Perplexity by name and length (the long set; `short` at the window), and shares of passkeys found."""
+        lengths = self.lengths(target)
+        if not lengths:
+            return {}
         model, tokenizer = load(path), load_tokenizer(path)
-        compared = compare_methods(model, self.rows(path), self.lengths, scalings, window=self.window)
+        rows = [Row(row.name, row.token_ids[: max(lengths)]) for row in self.rows(path)]
+        compared = compare_methods(model, rows, lengths, scalings, window=self.window)
         return {
-            "lengths": self.lengths,
+            "lengths": lengths,
             "documents": list(compared.documents),
             "perplexity": {
-                row.name: {str(length): _number(compared.perplexity(row.name, length)) for length in self.lengths}
+                row.name: {str(length): _number(compared.perplexity(row.name, length)) for length in lengths}
                 for row in compared.rows
             },
             "short": {row.name: _number(compared.short_perplexity(row.name)) for row in compared.rows},
-            "passkeys": {name: self._passkeys(model, tokenizer, scaling) for name, scaling in scalings.items()},
+            "passkeys": {
+                name: self._passkeys(model, tokenizer, lengths, scaling) for name, scaling in scalings.items()
+            },
         }
 
-    def _passkeys(self, model: Any, tokenizer: Any, scaling: RopeScaling | None) -> dict[str, float]:
+    def _passkeys(
+        self, model: Any, tokenizer: Any, lengths: Sequence[int], scaling: RopeScaling | None
+    ) -> dict[str, float]:
         if not self.plan.passkeys:
             return {}
         if scaling is None:
-            found = evaluate_passkey(model, tokenizer, self.lengths, self.plan.passkeys, self.seed)
+            found = evaluate_passkey(model, tokenizer, lengths, self.plan.passkeys, self.seed)
         else:
             with fixed_set(model, scaling, "long"):
-                found = evaluate_passkey(model, tokenizer, self.lengths, self.plan.passkeys, self.seed)
-        return {str(length): found.accuracy(length) or 0.0 for length in self.lengths}
+                found = evaluate_passkey(model, tokenizer, lengths, self.plan.passkeys, self.seed)
+        return {str(length): found.accuracy(length) or 0.0 for length in lengths}
 
 
 def closed_forms(path: Path, target: int, names: Sequence[str]) -> dict[str, RopeScaling]:

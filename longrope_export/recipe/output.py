@@ -87,7 +87,7 @@ def table_of(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     measured = [result for result in results if "perplexity" in result]
     if not measured:
         return []
-    lengths = [str(length) for length in measured[0]["lengths"]]
+    lengths = list(map(str, sorted({length for result in measured for length in result["lengths"]})))
     header = ["after", "factors", "short set", *(f"{int(length):,}" for length in lengths)]
     return [header] + [
         [result["stage"], name, _cell(result["short"][name]), *(_pair(result, name, length) for length in lengths)]
@@ -98,7 +98,7 @@ def table_of(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 def _pair(result: Mapping[str, Any], name: str, length: str) -> str:
     found = result["passkeys"].get(name, {}).get(length)
-    cell = _cell(result["perplexity"][name][length])
+    cell = _cell(result["perplexity"][name].get(length))
     return cell if found is None else f"{cell} ({found:.0%})"
 
 

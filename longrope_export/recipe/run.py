@@ -100,13 +100,13 @@ class _Runner:
         self._say(f"measuring after {step.stage.name}")
         record = RopeScaling.from_json(record_of(step.stage, step.folder).read_text("utf-8"))
         if step.stage.kind == "finetune":
-            return self._measured(step.folder / TUNED, 0, {step.stage.name: record})
+            # Factors of a closed form on weights that were tuned with others would say nothing.
+            return self._measurer.measure(step.folder / TUNED, step.target, {step.stage.name: record})
         return self._measured(step.model, step.target, {step.stage.name: record})
 
     def _measured(self, model: Path, target: int, scalings: Mapping[str, RopeScaling | None]) -> dict[str, Any]:
-        # Factors of a closed form on weights that were tuned with others would say nothing.
-        forms = closed_forms(model, target, self._measurer.plan.baselines) if target else {}
-        return self._measurer.measure(model, {**forms, **scalings})
+        forms = closed_forms(model, target, self._measurer.plan.baselines)
+        return self._measurer.measure(model, target, {**forms, **scalings})
 
     def _report_identity(self) -> dict[str, Any]:
         return {"report": json.loads(json.dumps(asdict(self._measurer.plan)))}

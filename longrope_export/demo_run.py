@@ -217,7 +217,7 @@ def _write(
 
 def table_cells(table: ComparisonTable) -> list[list[str]]:
     """The comparison as text cells: a header row, then one row per setting."""
-    from longrope_export.evaluation.tables import perplexity_text
+    from longrope_export.report.numbers import perplexity_text
 
     header = ["factors", "1× short set", *(f"{length // table.window}×" for length in table.lengths)]
     rows = [

@@ -12,6 +12,7 @@ from torch import nn
 from longrope_export.evaluation.documents import Row, data_hash
 from longrope_export.evaluation.passes import fixed_set, original_window
 from longrope_export.evaluation.perplexity import PerplexityResult, evaluate_perplexity
+from longrope_export.report.numbers import perplexity_text
 from longrope_export.scaling import RopeScaling
 
 if TYPE_CHECKING:
@@ -273,11 +274,6 @@ def _longppl_cell(entry: Mapping[str, Any]) -> str:
     if entry["longppl"] is None:
         return "no key tokens"
     return f"{perplexity_text(entry['longppl'])} ({entry['key_tokens']:,} of {entry['tokens']:,} tokens)"
-
-
-def perplexity_text(value: float) -> str:
-    """Four significant digits for people: `21.65`, `436.2`, `1.2e+06`."""
-    return f"{value:.2f}" if value < 100 else f"{value:.1f}" if value < 10_000 else f"{value:.2g}"
 
 
 def _times(length: int, window: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,3 +46,37 @@ def file(tmp_path: Path) -> File:
         return write_gguf(tmp_path / "model.gguf", *arguments, **more)
 
     return write
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama: Path, tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama with its tokenizer, as a user's folder."""
+    folder = tmp_path_factory.mktemp("eval") / "model"
+    shutil.copytree(tiny_llama, folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One text of 1,600 characters."""
+    path = tmp_path_factory.mktemp("data") / "book.txt"
+    path.write_text("It was the best of times, it was the worst of times; " * 30)
+    return path
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Long and short factors for the tiny Llama, 32 to 128 tokens."""
+    import numpy as np
+
+    from longrope_export.scaling import RopeScaling
+
+    scaling = RopeScaling(
+        rope_theta=10000.0, rotary_dim=32, original_max_position_embeddings=32, max_position_embeddings=128,
+        long_factor=tuple(np.linspace(1, 4, 16)), short_factor=tuple(np.linspace(1, 2, 16)),
+        long_attention_factor=1.1,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("record") / "searched.json"
+    path.write_text(scaling.to_json())
+    return path

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -24,34 +23,6 @@ from longrope_export.evaluation.documents import encode, evaluation_rows
 from longrope_export.evaluation.perplexity import evaluate_perplexity
 
 WINDOW = 32
-
-
-@pytest.fixture(scope="module")
-def model(tiny_llama: Path, tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Llama with its tokenizer, as a user's folder."""
-    folder = tmp_path_factory.mktemp("eval") / "model"
-    shutil.copytree(tiny_llama, folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "book.txt"
-    path.write_text("It was the best of times, it was the worst of times; " * 30)
-    return path
-
-
-@pytest.fixture(scope="module")
-def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    scaling = RopeScaling(
-        rope_theta=10000.0, rotary_dim=32, original_max_position_embeddings=WINDOW, max_position_embeddings=128,
-        long_factor=tuple(np.linspace(1, 4, 16)), short_factor=tuple(np.linspace(1, 2, 16)),
-        long_attention_factor=1.1,
-    )  # fmt: skip
-    path = tmp_path_factory.mktemp("record") / "searched.json"
-    path.write_text(scaling.to_json())
-    return path
 
 
 def run(*arguments: object) -> Result:

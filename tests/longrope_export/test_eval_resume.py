@@ -18,21 +18,6 @@ from longrope_export.evaluation.journal import EvaluationJournal, journal_path
 from longrope_export.evaluation.run import EvaluateOptions, run_evaluation
 
 
-@pytest.fixture(scope="module")
-def model(tiny_llama: Path, tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("resume") / "model"
-    shutil.copytree(tiny_llama, folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "book.txt"
-    path.write_text("It was the best of times, it was the worst of times; " * 30)
-    return path
-
-
 def options(model: Path, text: Path, **changes: Any) -> EvaluateOptions:
     values: dict[str, Any] = {
         "models": (model,), "data": (text,), "lengths": (32, 48), "methods": ("unchanged", "pi"), "documents": 3,

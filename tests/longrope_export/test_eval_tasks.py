@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from longrope_export import RopeScaling, load
+from longrope_export import load
 from longrope_export.description import describe
 from longrope_export.errors import LongRopeError
 from longrope_export.evaluation.documents import evaluation_rows
@@ -46,18 +46,6 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         letters = draws.choice(list("abcdefgh \n"), 140, p=[0.3, 0.2, 0.1, 0.1, 0.1, 0.05, 0.05, 0.04, 0.04, 0.02])
         (folder / f"{index}.txt").write_text("".join(letters))
     return folder
-
-
-@pytest.fixture(scope="module")
-def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    scaling = RopeScaling(
-        rope_theta=10000.0, rotary_dim=32, original_max_position_embeddings=WINDOW, max_position_embeddings=128,
-        long_factor=tuple(np.linspace(1, 4, 16)), short_factor=tuple(np.linspace(1, 2, 16)),
-        long_attention_factor=1.1,
-    )  # fmt: skip
-    path = tmp_path_factory.mktemp("record") / "searched.json"
-    path.write_text(scaling.to_json())
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +291,7 @@ def test_intervals_are_of_documents_and_weighted_by_tokens() -> None:
 def test_tables_and_csv_hold_the_numbers(result: EvaluationResult) -> None:
     from rich.console import Console
 
-    from longrope_export.evaluation.tables import perplexity_text
+    from longrope_export.report.numbers import perplexity_text
 
     console = Console(width=200, record=True, file=io.StringIO())
     for table in result.tables():

@@ -20,7 +20,8 @@ from longrope_export.evaluation.documents import Row
 from longrope_export.evaluation.losses import body_states, check_head, head_logits
 from longrope_export.evaluation.passes import fixed_set, forward_lengths, rotation_of
 from longrope_export.evaluation.perplexity import default_span_edges, evaluate_perplexity, token_losses
-from longrope_export.evaluation.tables import compare_methods, perplexity_text, render_comparison
+from longrope_export.evaluation.tables import compare_methods, render_comparison
+from longrope_export.report.numbers import perplexity_text
 from longrope_export.rope.methods import method_scaling
 from longrope_export.rotary import rotary_module
 

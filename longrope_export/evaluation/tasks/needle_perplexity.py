@@ -84,7 +84,7 @@ class NeedlePerplexityTask:
         from rich.table import Table
         from rich.text import Text
 
-        from longrope_export.evaluation.tables import perplexity_text
+        from longrope_export.report.numbers import perplexity_text
 
         drawn = Table(title="Needle perplexity (answer tokens only)")
         drawn.add_column("factors")

@@ -2,6 +2,7 @@
 
     python benchmarks/recipe_factors.py run searched --seed 0     # the shipped recipe `demo`, whole
     python benchmarks/recipe_factors.py run yarn --seed 0         # its tuning alone, with YaRN's factors
+    python benchmarks/recipe_factors.py run s2 --seed 0           # rows of 2,048 tokens with YaRN's factors and S²-Attn
     python benchmarks/recipe_factors.py table                     # docs/recipe-results.md from every result
 
 Report documents chose nothing: not the factors, not the recipe's options.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,18 +31,29 @@ RUNS, RESULTS, PAGE = (
     ROOT / "docs" / "recipe-results.md",
 )
 SEARCHED, FORMS, SEEDS = "searched", ("yarn", "ntk", "pi"), (0, 1, 2)
+ATTENTION: dict[str, dict[str, Any]] = {
+    "full": {"attention": "full"},
+    "s2": {"attention": "s2"},
+    "scca-fixed": {"attention": "scca", "shifts": "fixed"},
+    "scca-flow": {"attention": "scca", "shifts": "flow"},
+}
 TUNE = "tune-2k"
+ATTENTION_TEXT = (
+    "YaRN's factors, rows of one document of 2,048 tokens; measured with full attention, whatever was trained with.",
+)
 Result = dict[str, Any]
 
 
 def recipe_of(arm: str) -> Recipe:
-    """The shipped recipe, or its tuning alone with a closed form's factors for the same length."""
+    """The shipped recipe, or its tuning alone: with a closed form's factors, or YaRN's and another attention."""
     recipe = read_recipe("demo")
     if arm == SEARCHED:
         return recipe
     first, tune = recipe.stages[:2]
     options = {**tune.options, "to": first.options["to"]}
-    return replace(recipe, stages=(replace(tune, factors=arm, options=options),))
+    if arm in ATTENTION:
+        options |= {"positions": "full", "cut-longer": False, **ATTENTION[arm]}
+    return replace(recipe, stages=(replace(tune, factors="yarn" if arm in ATTENTION else arm, options=options),))
 
 
 @click.group()
@@ -50,7 +62,7 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("arm", type=click.Choice([SEARCHED, *FORMS]))
+@click.argument("arm", type=click.Choice([SEARCHED, *FORMS, *ATTENTION]))
 @click.option("--seed", type=click.Choice([str(seed) for seed in SEEDS]), default="0")
 def run(arm: str, seed: str) -> None:
     """Run one arm, or continue it."""
@@ -75,7 +87,7 @@ def table() -> None:
     """Write docs/recipe-results.md."""
     found = {
         arm: [json.loads(file.read_text("utf-8")) for file in sorted(RESULTS.glob(f"{arm}-[0-9].json"))]
-        for arm in (SEARCHED, *FORMS)
+        for arm in (SEARCHED, *FORMS, *ATTENTION)
     }
     PAGE.write_text(page(found), encoding="utf-8")
 
@@ -94,12 +106,17 @@ def page(found: dict[str, list[Result]]) -> str:
         "The same steps on the same texts at 2,048 tokens; *short set* is perplexity at the window of 256 tokens, against",
         f"{_spread(searched, lambda run: _at(run, 'before', 'unchanged', '256'))} of the untouched model.",
         "",
-        "| factors | seeds | before, 2,048 | tuned, 2,048 | passkeys | short set | minutes |",
-        "|---|---:|---|---|---|---|---:|",
+        *_tuned_rows("factors", found, (SEARCHED, *FORMS)),
     ]
-    for arm, runs in found.items():
-        if runs:
-            lines.append(_tuned_row(arm, runs))
+    if any(found[arm] for arm in ATTENTION):
+        lines += [
+            "",
+            "## Other attention while tuning",
+            "",
+            *ATTENTION_TEXT,
+            "",
+            *_tuned_rows("attention", found, ATTENTION),
+        ]
     if searched:
         lines += ["", "## The second eightfold", "", *_second(searched)]
         minutes = [sum(stage.get("seconds", 0.0) for stage in run["stages"]) / 60 for run in searched]
@@ -109,6 +126,12 @@ def page(found: dict[str, list[Result]]) -> str:
             f"The whole recipe: {statistics.mean(minutes):.0f} minutes without the measurements; proof: {verdicts}.",
         ]
     return "\n".join(lines) + "\n"
+
+
+def _tuned_rows(kind: str, found: dict[str, list[Result]], arms: Iterable[str]) -> list[str]:
+    rows = [_tuned_row(arm, found[arm]) for arm in arms if found[arm]]
+    head = f"| {kind} | seeds | before, 2,048 | tuned, 2,048 | passkeys | short set | minutes |"
+    return [head, "|---|---:|---|---|---|---|---:|", *rows]
 
 
 def _tuned_row(arm: str, runs: Sequence[Result]) -> str:

@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -130,6 +130,13 @@ def sha256(path: Path) -> str:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def folder_sha256(folder: Path, files: Iterable[Path] | None = None) -> str:
+    """Hex SHA-256 over names and sums of a folder's files, whatever their dates; all of them unless `files` names some."""
+    found = folder.rglob("*") if files is None else files
+    sums = [f"{file.relative_to(folder).as_posix()}\0{sha256(file)}\n" for file in sorted(found) if file.is_file()]
+    return hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
 def sync_folder(folder: Path) -> None:

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from longrope_export.description import describe
-from longrope_export.files import write_text
+from longrope_export.files import folder_sha256, sha256, write_text
 from longrope_export.fingerprint import fingerprint
 from longrope_export.recipe.commands import TUNED, parsed, record_of, shell_line
 from longrope_export.recipe.measure import UNCHANGED, Measurer, closed_forms
 from longrope_export.recipe.output import write_output
 from longrope_export.recipe.plan import Job, Step, plan_recipe, recipe_texts
 from longrope_export.recipe.progress import finish_stage, finished_stage
+from longrope_export.recipe.schema import Role
 from longrope_export.rope.methods import METHODS
 from longrope_export.scaling import RopeScaling
 
@@ -31,9 +32,10 @@ def run_recipe(job: Job, say: Say) -> dict[str, Any]:
     steps = plan_recipe(job)
     job.out.mkdir(parents=True, exist_ok=True)
     write_text(job.out / "recipe.json", json.dumps({"recipe": job.recipe.name}) + "\n", overwrite=True)
-    window = describe(job.model).window
-    report_texts = [Path(text) for text in recipe_texts(job)["report"]] if job.recipe.report.lengths else []
-    runner = _Runner(job, Measurer(job.recipe.report, report_texts, window, job.chosen_seed), say)
+    window, texts = describe(job.model).window, recipe_texts(job)
+    report_texts = [Path(text) for text in texts.get("report", ())]
+    sums = {role: [_sum(Path(path)) for path in paths] for role, paths in texts.items()}
+    runner = _Runner(job, Measurer(job.recipe.report, report_texts, window, job.chosen_seed), sums, say)
     results = [runner.before(steps[0])] if report_texts else []
     results += [runner.run(number, step) for number, step in enumerate(steps, 1)]
     return runner.finish(steps, results)
@@ -42,13 +44,13 @@ def run_recipe(job: Job, say: Say) -> dict[str, Any]:
 class _Runner:
     """Runs, measures and keeps each stage."""
 
-    def __init__(self, job: Job, measurer: Measurer, say: Say) -> None:
-        self._job, self._measurer, self._say = job, measurer, say
+    def __init__(self, job: Job, measurer: Measurer, sums: Mapping[Role, Sequence[str]], say: Say) -> None:
+        self._job, self._measurer, self._sums, self._say = job, measurer, sums, say
 
     def before(self, first: Step) -> dict[str, Any]:
         """What the given model does as it is, and under the closed forms for the first stage's length."""
         folder = self._job.out / "0-before"
-        identity = {"model": fingerprint(self._job.model), **self._report_identity()}
+        identity = {"model": fingerprint(self._job.model), **self._identity("report")}
         left = finished_stage(folder, identity)
         if left is None:
             self._say("measuring the model as it was given")
@@ -67,7 +69,7 @@ class _Runner:
             "seed": job.chosen_seed,
             "model": fingerprint(step.model),
             "factors": None if step.factors is None else _bits(step.factors),
-            **self._report_identity(),
+            **self._identity("train" if stage.kind == "finetune" else "search", "report"),
         }
         left = finished_stage(step.folder, identity)
         if left is not None:
@@ -108,8 +110,10 @@ class _Runner:
         forms = closed_forms(model, target, self._measurer.plan.baselines)
         return self._measurer.measure(model, target, {**forms, **scalings})
 
-    def _report_identity(self) -> dict[str, Any]:
-        return {"report": json.loads(json.dumps(asdict(self._measurer.plan)))}
+    def _identity(self, *roles: Role) -> dict[str, Any]:
+        """What is measured, and the texts of these roles by their bytes: paths may change, what is in them may not."""
+        texts = {f"{role} texts": self._sums[role] for role in roles if role in self._sums}
+        return {"report": json.loads(json.dumps(asdict(self._measurer.plan))), **texts}
 
 
 def _execute(step: Step, say: Say) -> None:
@@ -136,6 +140,10 @@ def _write_closed_form(step: Step) -> None:
     record = closed_forms(step.model, step.target, [step.stage.factors])[step.stage.factors]
     step.folder.mkdir(parents=True, exist_ok=True)
     write_text(step.factors, record.to_json(), overwrite=True)
+
+
+def _sum(path: Path) -> str:
+    return folder_sha256(path) if path.is_dir() else sha256(path)
 
 
 def _bits(path: Path) -> list[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +12,7 @@ from typing import Any
 
 from longrope_export.errors import InputFileError, MissingDependencyError
 from longrope_export.evaluation.documents import MAX_BYTES, decode_text, find_text_files
-from longrope_export.files import sha256
+from longrope_export.files import folder_sha256, sha256
 from longrope_export.training.data.shards import document_name
 
 JSONL = (".jsonl", ".ndjson")
@@ -54,10 +53,7 @@ class Source:
     def sha256(self) -> str:
         """Hex SHA-256 of the file; of a dataset, of its files' names and sums."""
         with _reading(self.path):
-            if self.kind != "dataset":
-                return sha256(self.path)
-            sums = [f"{file.relative_to(self.path).as_posix()}\0{sha256(file)}\n" for file in self.files()]
-            return hashlib.sha256("".join(sums).encode()).hexdigest()
+            return folder_sha256(self.path) if self.kind == "dataset" else sha256(self.path)
 
 
 def documents(paths: Iterable[str | os.PathLike[str]], field: str = "text") -> Iterator[tuple[str, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import importlib.util
 import math
@@ -18,6 +17,7 @@ from longrope_export.errors import InputFileError, LongRopeError, MissingDepende
 from longrope_export.evaluation.protocol import Engine, Request, TaskOption, Unit, Value
 from longrope_export.evaluation.rows import ModelRow
 from longrope_export.evaluation.tasks.retrieval import option
+from longrope_export.files import folder_sha256
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -166,10 +166,7 @@ def _folder_hash(folder: Path | None) -> str | None:
     """Over the names and bytes of the folder's files: other questions are another unit."""
     if folder is None:
         return None
-    digest = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts):
-        digest.update(file.relative_to(folder).as_posix().encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()[:16]
+    return folder_sha256(folder, (path for path in folder.rglob("*") if "__pycache__" not in path.parts))[:16]
 
 
 @lru_cache(maxsize=4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from longrope_export.loader import load
 from longrope_export.recipe.plan import Job, plan_recipe
 from longrope_export.recipe.run import run_recipe
 from longrope_export.recipe.schema import parse_recipe
+from longrope_export.report.numbers import perplexity_text
 from longrope_export.scaling import RopeScaling
 
 SMALL = {
@@ -107,6 +109,18 @@ def test_the_output_is_the_tuned_model_with_the_last_factors(done: tuple[Job, di
     assert len(list(output.glob("*.gguf"))) == 1
     card = (output / "README.md").read_text()
     assert all(name in card for name in ("before", "first", "tune", "second", "short"))
+    assert "perplexity.png" in check_manifest(output)
+    ((shown, file),) = re.findall(r"!\[(.*)\]\((.*)\)", card)
+    assert file == "perplexity.png"
+    found = dict(re.findall(r"([\w ]+) from ([\d.,]+) at 32 to", shown))
+    # The given model and its closed forms, then what every stage made; not closed forms on tuned weights.
+    measured = {each["stage"]: each["perplexity"] for each in report["stages"]}
+    expected = measured["before"] | {
+        f"after {stage}": measured[stage][stage] for stage in ("first", "tune", "second", "short")
+    }
+    assert {name.strip(): value for name, value in found.items()} == {
+        name: perplexity_text(values["32"]) for name, values in expected.items()
+    }
 
 
 def test_what_is_measured_before_and_after_every_stage(done: tuple[Job, dict[str, Any]]) -> None:
@@ -144,6 +158,19 @@ def test_another_option_model_or_seed_is_refused_by_name(
         run_recipe(_job(job.model, texts, job.out, _recipe(changed)), lambda line: None)
     with pytest.raises(StaleStateError, match="1-first was made with seed 0, and now it is 7"):
         run_recipe(_job(job.model, texts, job.out, _recipe(), seed=7), lambda line: None)
+
+
+@pytest.mark.parametrize(("role", "stage"), [("report", "0-before"), ("search", "1-first"), ("train", "2-tune")])
+def test_other_texts_are_refused_by_role(
+    done: tuple[Job, dict[str, Any]], texts: dict[str, Path], tmp_path: Path, role: str, stage: str
+) -> None:
+    job, _ = done
+    moved = {name: Path(shutil.copytree(folder, tmp_path / name)) for name, folder in texts.items()}
+    run_recipe(_job(job.model, moved, job.out, _recipe()), lambda line: None)  # the same texts elsewhere
+    file = next(path for path in moved[role].rglob("*") if path.is_file())
+    file.write_text(file.read_text() + "One more line.\n")
+    with pytest.raises(StaleStateError, match=f"{stage} was made with {role} texts"):
+        run_recipe(_job(job.model, moved, job.out, _recipe()), lambda line: None)
 
 
 def test_a_changed_file_of_a_stage_is_refused(

@@ -16,6 +16,7 @@ from longrope_export.recipe.commands import TUNED, parsed, record_of, shell_line
 from longrope_export.recipe.measure import UNCHANGED, Measurer, closed_forms
 from longrope_export.recipe.output import write_output
 from longrope_export.recipe.plan import Job, Step, plan_recipe, recipe_texts
+from longrope_export.recipe.preflight import check_lengths
 from longrope_export.recipe.progress import finish_stage, finished_stage
 from longrope_export.recipe.schema import Role
 from longrope_export.rope.methods import METHODS
@@ -32,6 +33,7 @@ def run_recipe(job: Job, say: Say) -> dict[str, Any]:
     steps = plan_recipe(job)
     job.out.mkdir(parents=True, exist_ok=True)
     write_text(job.out / "recipe.json", json.dumps({"recipe": job.recipe.name}) + "\n", overwrite=True)
+    check_lengths(steps, job.model)
     window, texts = describe(job.model).window, recipe_texts(job)
     report_texts = [Path(text) for text in texts.get("report", ())]
     sums = {role: [_sum(Path(path)) for path in paths] for role, paths in texts.items()}

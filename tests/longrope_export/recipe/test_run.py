@@ -275,6 +275,35 @@ def test_texts_are_asked_for_by_role(tiny_folder: Path, texts: dict[str, Path], 
     assert "write ROLE=PATH" in result.output
 
 
+@pytest.mark.parametrize(
+    ("number", "options", "words"),
+    [
+        (
+            3,
+            {"recover": {**SMALL, "short": "search", "short-margin": 0, "for": "gguf", "documents": 40}},
+            r"stage 4 \(.*\): the texts give .* 41 documents",
+        ),
+        (1, {"finetune": {**TUNE, "length": 60}, "name": "tune"}, r"stage 2 \(tune\): no document has the 60 tokens"),
+    ],
+)
+def test_texts_too_short_for_a_later_stage_are_refused_before_the_first(
+    tiny_folder: Path, texts: dict[str, Path], tmp_path: Path, number: int, options: dict[str, Any], words: str
+) -> None:
+    stages = [{"name": "short", **options} if place == number else stage for place, stage in enumerate(STAGES)]
+    short = tmp_path / "train"
+    short.mkdir()
+    (short / "a.txt").write_text("the quick window of tokens")
+    lines: list[str] = []
+    with pytest.raises(RecipeError, match=words):
+        run_recipe(
+            _job(
+                tiny_folder, {**texts, **({"train": short} if number == 1 else {})}, tmp_path / "out", _recipe(stages)
+            ),
+            lines.append,
+        )
+    assert not lines
+
+
 def test_options_of_a_single_search_are_refused(tiny_folder: Path) -> None:
     result = CliRunner().invoke(extend, [str(tiny_folder), "--recipe", "demo", "--budget", "3"])
     assert result.exit_code == 2

@@ -31,9 +31,11 @@ demo: install
 	$(BIN)/longrope demo --out demo-output
 
 test: install
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
+# lm-evaluation-harness (extra `eval`) is only for these tests.
 test-slow: install
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[eval]'
 	$(BIN)/pytest -m slow --timeout 3600
 
 # Both header readers on damaged and random files; stops at the first finding.

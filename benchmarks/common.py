@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -47,21 +48,38 @@ def ratio_spread(seconds: Mapping[str, Sequence[float]], name: str, base: str) -
     return min(ratios), statistics.median(ratios), max(ratios)
 
 
-def run_child(command: Sequence[str], *, environment: Mapping[str, str] | None = None) -> tuple[str, float, int]:
-    """Run `command`; its stdout, seconds, and peak resident memory in bytes (0 where the system does not tell)."""
+@dataclass(frozen=True)
+class Child:
+    """What a child process printed and took: seconds, processor seconds, and peak resident bytes (0: not told)."""
+
+    output: str
+    seconds: float
+    processor: float
+    peak: int
+
+
+def run_measured(command: Sequence[str], *, environment: Mapping[str, str] | None = None) -> Child:
+    """Run `command` to its end; raises `SystemExit` when it fails."""
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **(environment or {})})
     assert process.stdout is not None
     output = process.stdout.read()
     if not hasattr(os, "wait4"):
-        code, peak = process.wait(), 0
+        code, peak, processor = process.wait(), 0, 0.0
     else:
         _, status, usage = os.wait4(process.pid, 0)
         code = process.returncode = os.waitstatus_to_exitcode(status)
         peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        processor = usage.ru_utime + usage.ru_stime
     if code:
         raise SystemExit(f"{' '.join(command)} ended with code {code}")
-    return output, time.perf_counter() - started, peak
+    return Child(output, time.perf_counter() - started, processor, peak)
+
+
+def run_child(command: Sequence[str], *, environment: Mapping[str, str] | None = None) -> tuple[str, float, int]:
+    """Run `command`; its stdout, seconds, and peak resident memory in bytes (0 where the system does not tell)."""
+    child = run_measured(command, environment=environment)
+    return child.output, child.seconds, child.peak
 
 
 _DRAWS = 10_000

@@ -18,7 +18,7 @@ _MARKUP = re.compile(r"[\\`*_\[\]|]")
 class CardContents:
     """Everything that a card shows; `table` is a header row and rows of cells, all text.
 
-    `figure` shows the table's numbers; its PNG lies beside the card as `figure_file(figure)`.
+    `figure` shows what was measured, `factors` the factors; their PNGs lie beside the card as `figure_file(…)`.
     """
 
     name: str
@@ -29,6 +29,7 @@ class CardContents:
     table: Sequence[Sequence[str]] = ()
     table_caption: str = ""
     figure: Picture | None = None
+    factors: Picture | None = None
     checks: Sequence[str] = ()
     lossy: Sequence[str] = ()
     notes: Sequence[str] = ()
@@ -41,6 +42,7 @@ def model_card(contents: CardContents) -> str:
         _front_matter(contents),
         _headline(contents),
         _table(contents),
+        _factors(contents),
         _list("Checks", contents.checks),
         _list("What these files do not carry", contents.lossy),
         _list("Good to know", contents.notes),
@@ -87,8 +89,16 @@ def _table(contents: CardContents) -> str:
     if contents.table:
         parts += [contents.table_caption, markdown_table(contents.table)]
     if contents.figure:
-        parts.append(f"![{markdown_text(contents.figure.alt)}]({figure_file(contents.figure)})")
+        parts.append(_image(contents.figure))
     return "\n\n".join(parts) if len(parts) > 1 else ""
+
+
+def _factors(contents: CardContents) -> str:
+    return f"## The factors\n\n{_image(contents.factors)}" if contents.factors else ""
+
+
+def _image(picture: Picture) -> str:
+    return f"![{markdown_text(picture.alt)}]({figure_file(picture)})\n\n{markdown_text(picture.caption)}"
 
 
 def _list(title: str, lines: Sequence[str]) -> str:
@@ -100,6 +110,7 @@ def _running(contents: CardContents) -> str:
     if contents.folder:
         blocks.append(("transformers", "python", recipes.transformers_recipe(".", contents.scaling)))
         blocks.append(("vLLM", "sh", recipes.vllm_recipe(".", contents.scaling)))
+        blocks.append(("mlx-lm", "sh", recipes.mlx_recipe(".", contents.scaling)))
     if contents.gguf:
         if not contents.folder:
             blocks.append(("transformers", "python", recipes.gguf_loader_recipe(contents.gguf)))

@@ -38,7 +38,9 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class Judgement:
-    """Verdict on one regime of one file, with the numbers behind it."""
+    """Verdict on one regime of one file, with the numbers behind it; `top1` is the share of prefixes with the same token
+    first.
+    """
 
     verdict: Verdict
     reason: str
@@ -46,6 +48,7 @@ class Judgement:
     largest: float
     bound: float
     hypotheses: tuple[Hypothesis, ...]
+    top1: float = 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
@@ -56,7 +59,8 @@ def judge(runtime: Array, truth: Array, others: dict[str, Array], tolerance: Tol
     """Compare log-probabilities [prefixes, vocabulary] of a runtime with the reference's, under every hypothesis.
 
     Passes only if the distance to the truth is at most the bound and at most a fifth of the distance to each other
-    hypothesis; for quantised weights that ratio may also be taken along the line between the two references.
+    hypothesis, and with unquantised weights every prefix has the same token first. For quantised weights that ratio may
+    also be taken along the line between the two references.
     """
     weights = compared(truth)
     near = distance(runtime, truth, weights)
@@ -70,8 +74,9 @@ def judge(runtime: Array, truth: Array, others: dict[str, Array], tolerance: Tol
         )
         for name, other in others.items()
     )
-    verdict, reason = _decide(near, hypotheses, tolerance)
-    return Judgement(verdict, reason, near, largest, tolerance.bound, hypotheses)
+    same = top1(runtime, truth, tolerance.bound)
+    verdict, reason = _decide(near, same, hypotheses, tolerance)
+    return Judgement(verdict, reason, near, largest, tolerance.bound, hypotheses, same)
 
 
 def compared(truth: Array) -> npt.NDArray[np.bool_]:
@@ -80,6 +85,12 @@ def compared(truth: Array) -> npt.NDArray[np.bool_]:
     floor = np.partition(truth, -count, axis=1)[:, -count, None]
     peak = truth.max(axis=1, keepdims=True)
     return np.asarray((truth >= floor) & (truth >= peak - REACH))
+
+
+def top1(runtime: Array, truth: Array, tie: float) -> float:
+    """Share of prefixes whose likeliest token is the truth's; in the truth it may be `tie` nats behind another."""
+    chosen = np.take_along_axis(truth, runtime.argmax(axis=1)[:, None], axis=1)[:, 0]
+    return float(np.mean(chosen >= truth.max(axis=1) - tie))
 
 
 def distance(left: Array, right: Array, mask: npt.NDArray[np.bool_]) -> float:
@@ -102,9 +113,11 @@ def _centred(left: Array, right: Array, mask: npt.NDArray[np.bool_]) -> npt.NDAr
     return np.asarray(np.where(mask, difference - mean, 0.0))
 
 
-def _decide(near: float, hypotheses: tuple[Hypothesis, ...], tolerance: Tolerance) -> tuple[Verdict, str]:
+def _decide(near: float, same: float, hypotheses: tuple[Hypothesis, ...], tolerance: Tolerance) -> tuple[Verdict, str]:
     if not near <= tolerance.bound:
         return "fail", f"{near:.2g} nats from the reference with the factors; at most {tolerance.bound:g} are allowed"
+    if tolerance.exact and same < 1.0:
+        return "fail", f"another token is the likeliest at {1 - same:.0%} of the prefixes"
     if not hypotheses:
         return "cannot tell", "the factors change nothing here: there is no other hypothesis to compare with"
     for other in hypotheses:

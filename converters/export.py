@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from longrope_export.converters.gguf.checks import check_patchable
-from longrope_export.converters.gguf.convert import plan_conversion, write_conversion
+from longrope_export.converters.gguf.conversion import plan_conversion
+from longrope_export.converters.gguf.convert import write_conversion
 from longrope_export.converters.gguf.patch import patch_gguf
 from longrope_export.converters.hf_folder import gguf_to_hf_folder, write_hf_folder
 from longrope_export.converters.hf_profiles import DEFAULT

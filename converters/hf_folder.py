@@ -6,6 +6,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,26 +57,47 @@ def write_hf_folder(
     `LossyTargetError`, and `OutputError`.
     """
     folder = Path(source)
-    config = read_json(folder / CONFIG_FILE)
+    plan = plan_folder(folder, scaling, name=str(target), profile=profile, allow_lossy=allow_lossy)
+    with atomic_folder(target) as partial:
+        for shard in plan.shards:
+            write_safetensors_metadata(shard, partial / shard.name, {SAFETENSORS_KEY: plan.scaling.to_json()})
+        for file in _other_files(folder, plan.shards):
+            if file.name not in plan.texts:
+                _copy_file(file, partial / file.name)
+        for name, text in plan.texts.items():
+            write_text(partial / name, text)
+        if add is not None:
+            add(partial)
+    return plan.losses
+
+
+@dataclass(frozen=True)
+class FolderPlan:
+    """What a folder with a record consists of: shards whose headers get it, the texts of changed files by name
+    (config.json last), the record as the profile has it, and the losses.
+    """
+
+    shards: list[Path]
+    texts: dict[str, str]
+    scaling: RopeScaling
+    losses: list[str]
+
+
+def plan_folder(
+    folder: Path, scaling: RopeScaling, *, name: str, profile: str = DEFAULT, allow_lossy: bool = False,
+    config: dict[str, Any] | None = None,
+) -> FolderPlan:  # fmt: skip
+    """Read and check all that `write_hf_folder` needs; `config` replaces that of the folder. Raises as it does."""
+    config = read_json(folder / CONFIG_FILE) if config is None else config
     shards = model_shards(folder)
     changed, scaling, runtime_losses = profile_config(config, scaling, profile)
     model = language_model(config)
     losses = runtime_losses + hf_losses(scaling) + model.window_losses(scaling) + model.composition_losses(scaling)
-    refuse_losses(str(target), losses, allow_lossy=allow_lossy)
+    refuse_losses(name, losses, allow_lossy=allow_lossy)
     side_files = _extended_side_files(folder, scaling.max_position_embeddings)
-    with atomic_folder(target) as partial:
-        for shard in shards:
-            write_safetensors_metadata(shard, partial / shard.name, {SAFETENSORS_KEY: scaling.to_json()})
-        for file in _other_files(folder, shards):
-            if file.name not in side_files:
-                _copy_file(file, partial / file.name)
-        for name, values in side_files.items():
-            write_text(partial / name, json_text(values))
-        write_text(partial / CONFIG_FILE, json_text(changed))
-        write_text(partial / RECORD_FILE, scaling.to_json())
-        if add is not None:
-            add(partial)
-    return losses
+    texts = {file: json_text(values) for file, values in side_files.items()}
+    texts |= {RECORD_FILE: scaling.to_json(), CONFIG_FILE: json_text(changed)}
+    return FolderPlan(shards, texts, scaling, losses)
 
 
 def gguf_to_hf_folder(

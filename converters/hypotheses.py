@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
+import numpy as np
+
 from longrope_export.scaling import RopeScaling
 
 Regime = Literal["short", "long"]
@@ -26,6 +28,13 @@ def swapped(scaling: RopeScaling) -> RopeScaling:
         scaling, long_factor=scaling.short_factor, short_factor=scaling.long_factor,
         long_attention_factor=scaling.short_attention_factor, short_attention_factor=scaling.long_attention_factor,
         long_start_tokens=scaling.short_start_tokens, short_start_tokens=scaling.long_start_tokens, sets={},
+    )  # fmt: skip
+
+
+def expressible(scaling: RopeScaling) -> RopeScaling:
+    """The part of the record that transformers' own classes and llama.cpp can apply; see `lossy.hf_losses`."""
+    return replace(
+        scaling, long_start_tokens=0, short_start_tokens=0, short_attention_factor=scaling.long_attention_factor, sets={},
     )  # fmt: skip
 
 
@@ -77,3 +86,20 @@ def mistakes(scaling: RopeScaling, regime: Regime) -> dict[str, RopeScaling]:
     """The record with each of the known mistakes made, without those that change nothing in this regime."""
     made = {name: change(scaling) for name, change in MISTAKES.items()}
     return {name: record for name, record in made.items() if set_of(record, regime) != set_of(scaling, regime)}
+
+
+def _shuffled(scaling: RopeScaling) -> RopeScaling:
+    order = np.random.default_rng(1).permutation(len(scaling.long_factor))
+    long, short = scaling.long_factor, scaling.short_factor
+    return replace(
+        scaling, long_factor=tuple(long[index] for index in order), short_factor=tuple(short[index] for index in order)
+    )
+
+
+# Wrong records that a comparison must reject, whatever the model: a proof of the proof.
+MUTANTS: dict[str, Callable[[RopeScaling], RopeScaling]] = {
+    "dropped": all_ones,
+    "halved": MISTAKES["factors halved"],
+    "shuffled": _shuffled,
+    "swapped": swapped,
+}

@@ -37,10 +37,13 @@ def llama_cpp_recipe(file: str, scaling: RopeScaling) -> str:
 
 
 def ollama_recipe(file: str, scaling: RopeScaling) -> str:
-    """An Ollama Modelfile and the command that takes it."""
+    """An Ollama Modelfile and the command that takes it; `num_ctx` decides which set of factors applies."""
     name = re.sub(r"[^a-z0-9._-]+", "-", Path(file).stem.lower()).strip("-._") or "model"
     source = file if Path(file).is_absolute() else f"./{file}"
+    # Ollama shifts the context by default; its API takes `shift` since 2025-10 (ollama, api/types.go).
+    shift = '# in API requests: "shift": false, which keeps the attention factor right\n'
     return (
+        f"{shift if scaling.long_attention_factor != 1.0 else ''}"
         f"cat > Modelfile <<'END'\nFROM {source}\nPARAMETER num_ctx {scaling.max_position_embeddings}\nEND\n"
         f"ollama create {name} -f Modelfile && ollama run {name}"
     )
@@ -49,3 +52,11 @@ def ollama_recipe(file: str, scaling: RopeScaling) -> str:
 def vllm_recipe(folder: str, scaling: RopeScaling) -> str:
     """Command line for vLLM, which fixes one set of factors by the served length."""
     return f"vllm serve {shlex.quote(folder)} --max-model-len {scaling.max_position_embeddings}"
+
+
+def mlx_recipe(folder: str, scaling: RopeScaling) -> str:
+    """Command line for mlx-lm, which applies the long factors at every length and needs no context."""
+    return (
+        f"mlx_lm.generate --model {shlex.quote(folder)} --prompt - < long.txt    # the long factors at every length, "
+        f"made for {scaling.max_position_embeddings} tokens"
+    )

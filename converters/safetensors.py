@@ -18,6 +18,8 @@ from longrope_export.formats.safetensors_header import (
 )
 
 _ALIGNMENT = 8
+# The header that a file had before its first change in place.
+UNDO_KEY = "longrope_export.undo"
 
 
 def write_safetensors_metadata(
@@ -43,8 +45,9 @@ def write_safetensors_metadata(
 
 def header_bytes(header: SafetensorsHeader, entries: Mapping[str, str]) -> bytes:
     """The header's JSON with `entries` in its `__metadata__`, padded to the format's alignment; raises `OutputError`."""
-    # Readers before transformers 4.50 refuse a file whose metadata names no format.
-    metadata = {"format": "pt", **header.metadata, **entries}
+    # Readers before transformers 4.50 refuse a file whose metadata names no format. A copy has nothing to undo.
+    kept = {key: value for key, value in header.metadata.items() if key != UNDO_KEY}
+    metadata = {"format": "pt", **kept, **entries}
     values: dict[str, object] = {METADATA_KEY: dict(sorted(metadata.items()))}
     for name, tensor in sorted(header.tensors.items(), key=lambda item: (item[1].start, item[1].end, item[0])):
         values[name] = {

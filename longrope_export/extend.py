@@ -80,11 +80,11 @@ def run_extend(options: ExtendOptions, *, report: Report, dry_run: bool = False)
         description,
         found.scaling,
         plan,
-        card=_card(options, description, target, found),
+        card=_card(options, description, target, found) if plan.is_folder else None,
         dtype=options.dtype,
         allow_lossy=options.allow_lossy,
         overwrite=options.overwrite,
-        extra_files=found.files,
+        extra_files=[] if found.journal is None else [found.journal],
     )
     if options.data:
         shutil.rmtree(search_folder(plan), ignore_errors=True)
@@ -97,12 +97,12 @@ def run_extend(options: ExtendOptions, *, report: Report, dry_run: bool = False)
 
 @dataclass(frozen=True)
 class Found:
-    """Factors with what is known about them: a table of results and files to ship beside the model."""
+    """Factors with what is known about them: a table of results, and the journal of the search that gave them."""
 
     scaling: RopeScaling
     table: list[list[str]]
     caption: str = ""
-    files: tuple[Path, ...] = ()
+    journal: Path | None = None
 
 
 def _output(options: ExtendOptions, description: ModelDescription, target: int) -> pipeline.OutputPlan:
@@ -160,6 +160,7 @@ def _searched(options: ExtendOptions, description: ModelDescription, target: int
         data=options.data,
         out=search_folder(plan),
         seed=options.seed,
+        command=options.command,
         runtime=_runtime(options, plan),  # type: ignore[arg-type]
         **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
     )
@@ -176,7 +177,7 @@ def _searched(options: ExtendOptions, description: ModelDescription, target: int
         f"{what} at {target:,} tokens; {result.documents} documents to search on, {config.validation_documents} "
         "others to choose on."
     )
-    return Found(result.scaling, table, caption, (search_folder(plan) / JOURNAL,))
+    return Found(result.scaling, table, caption, search_folder(plan) / JOURNAL)
 
 
 def search_folder(plan: pipeline.OutputPlan) -> Path:
@@ -194,15 +195,19 @@ def _perplexity(value: float | None) -> str:
 
 def _card(options: ExtendOptions, description: ModelDescription, target: int, found: Found) -> Any:
     from longrope_export.converters.card import CardContents
+    from longrope_export.report.card_figure import factor_figure, search_figure
 
     source = Path(description.path)
     name = source.stem if description.kind == "gguf" else source.resolve().name
+    figure = None if found.journal is None else search_figure(found.journal, found.scaling)
     return CardContents(
         name=f"{name}-{pipeline.length_name(target)}",
         scaling=found.scaling,
         command=options.command,
         table=found.table,
         table_caption=found.caption,
+        figure=figure,
+        factors=factor_figure(str(options.method), found.scaling) if options.method else None,
         versions=versions(),
     )
 

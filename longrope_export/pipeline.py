@@ -237,13 +237,13 @@ def _write_folder(
 
 
 def _write_card(folder: Path, contents: CardContents) -> None:
-    """The card becomes README.md, its figure lies beside it; a card that the source had stays under its own name."""
+    """The card becomes README.md, its figures lie beside it; a card that the source had stays under its own name."""
     from longrope_export.converters.card import figure_file, model_card
 
     readme = folder / "README.md"
     if readme.exists():
         readme.replace(folder / "README.original.md")
-    if contents.figure is not None:
-        with atomic_output(folder / figure_file(contents.figure), overwrite=True) as file:
-            file.write(contents.figure.wide)
+    for picture in filter(None, (contents.figure, contents.factors)):
+        with atomic_output(folder / figure_file(picture), overwrite=True) as file:
+            file.write(picture.wide)
     write_text(readme, model_card(contents))

@@ -75,7 +75,7 @@ class SearchConfig:
     to `MOST_DOCUMENTS`. `optimiser` is what moves the factors of strategy "critical-dim". `objective` is
     "name=weight,…" (see `mixture`) or "auto"; `sets` are lengths in between, each with a set of its own; a descent makes its
     first `early_share` steps on pieces of `early_length`. `keep_long` keeps the long set of `init` and searches the sets for
-    shorter sequences alone. `device_map` and `max_memory` are `placement_options`'.
+    shorter sequences alone. `device_map` and `max_memory` are `placement_options`'. `command` is what a report shows.
     Raises `LongRopeError` for values out of range.
     """
 
@@ -101,6 +101,7 @@ class SearchConfig:
     workers: int | None = None
     device_map: str | None = None
     max_memory: str | None = None
+    command: str | None = None
     attention: str | None = None
     learn_attention: bool | None = None
     init: Path | str | None = None
@@ -241,7 +242,10 @@ class SearchConfig:
         """JSON-ready form for the journal, without paths: the model's and the data's hashes stand for those."""
         values = asdict(self)
         # Nor the executor and the placement: the result is the same on all of them; devices are the engine's.
-        for name in ("model", "data", "out", "threads", "init", "executor", "workers", "device_map", "max_memory"):
+        elsewhere = (
+            "model", "data", "out", "threads", "init", "executor", "workers", "device_map", "max_memory", "command",
+        )  # fmt: skip
+        for name in elsewhere:
             del values[name]
         return values
 

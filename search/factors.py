@@ -21,7 +21,7 @@ from longrope_export.search.evaluator import Evaluator
 from longrope_export.search.executors import InProcess
 from longrope_export.search.identity import search_header, torch_engine
 from longrope_export.search.initial import read_init
-from longrope_export.search.journal import PLAN, Journal
+from longrope_export.search.journal import COMMAND, PLAN, Journal
 from longrope_export.search.objective import ModelObjective
 from longrope_export.search.plan import Plan, Sizes, Timing, make_plan
 from longrope_export.search.probe import probe
@@ -138,7 +138,7 @@ def search_measured(
     with Journal(Path(journal_path)) as journal:
         if journal.header is None:
             plan = new_plan(run.objective, numbers, config, parts)
-            journal.begin({**run.header, PLAN: plan.to_json()})
+            journal.begin({**run.header, COMMAND: config.command, PLAN: plan.to_json()})
         else:
             journal.check(run.header)
             plan = Plan(**journal.header[PLAN])

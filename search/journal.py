@@ -15,6 +15,8 @@ from longrope_export.search.protocol import Outcome, Trial
 FORMAT = "longrope-search-journal/1"
 # Decided once, from measured times: a resumed search takes it from the journal instead of comparing it.
 PLAN = "plan"
+# What the search was begun with; the same search may be continued in other words.
+COMMAND = "command"
 
 
 class Journal:
@@ -43,9 +45,9 @@ class Journal:
         self._file.close()
 
     def check(self, header: Mapping[str, Any]) -> None:
-        """Raise `StaleStateError`, naming the field, unless the journal's header equals `header` but for the plan."""
+        """Raise `StaleStateError`, naming the field, unless the journal's header equals `header` but for plan and command."""
         assert self.header is not None
-        check_header(self.path, self.header, header, "search", ignored=(PLAN, "format"))
+        check_header(self.path, self.header, header, "search", ignored=(PLAN, COMMAND, "format"))
 
     def begin(self, header: Mapping[str, Any]) -> None:
         """Write the header of a new journal."""

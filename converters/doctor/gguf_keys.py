@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from longrope_export.converters.doctor.findings import NEEDS_SOURCE, Finding
 from longrope_export.converters.doctor.gguf_facts import GgufFacts
+from longrope_export.converters.gguf.disguise import DISGUISES
 from longrope_export.converters.gguf.rewrite import GgufChanges
 from longrope_export.formats.gguf_scaling import FOLDED_KEY, RECORD_KEY
 from longrope_export.rope.formulas import longrope_attention_factor
@@ -68,7 +69,10 @@ def attention(facts: GgufFacts) -> Iterator[Finding]:
         expected = facts.embedded.long_attention_factor
         yield facts.record_finding("G16", f"{facts.key(_ATTENTION)} is missing; the record has {expected:.6g}")
     if value is not None and value != 1.0:
-        yield facts.finding("G18", f"{facts.key(_ATTENTION)} is {value:.6g}", "keep context shift and cache reuse off")
+        advice = "keep context shift and cache reuse off"
+        if "granite" in DISGUISES.get(facts.architecture, ()):
+            advice += "; `longrope convert FILE --scaling RECORD --as granite` writes a file in which they are exact"
+        yield facts.finding("G18", f"{facts.key(_ATTENTION)} is {value:.6g}", advice)
 
 
 def base(facts: GgufFacts) -> Iterator[Finding]:

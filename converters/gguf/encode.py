@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 
-from longrope_export.formats.gguf_header import BOOL, FLOAT32, INT32, MAGIC, STRING, UINT16, UINT32
+from longrope_export.formats.gguf_header import ARRAY, BOOL, FLOAT32, INT32, MAGIC, STRING, UINT8, UINT16, UINT32
 
 
 class Int32(int):
@@ -44,6 +44,11 @@ def encode_entry(key: str, value: str | int | float) -> bytes:
         kind, layout = _INTEGERS[type(value)]
         return head + struct.pack(f"<I{layout}", kind, value)
     return head + struct.pack("<If", FLOAT32, value)
+
+
+def filler_entry(key: str, length: int) -> bytes:
+    """A UINT8 array of `length` zeros."""
+    return encode_string(key) + struct.pack("<IIQ", ARRAY, UINT8, length) + bytes(length)
 
 
 def encode_tensor_info(name: str, shape: tuple[int, ...], ggml_type: int, offset: int) -> bytes:

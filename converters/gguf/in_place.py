@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from longrope_export.converters.gguf.checks import check_patchable
@@ -17,10 +17,11 @@ from longrope_export.converters.gguf.in_place_layout import new_header, place_ve
 from longrope_export.converters.gguf.in_place_record import Change, Spot
 from longrope_export.converters.gguf.in_place_room import refusal, room_unit
 from longrope_export.converters.gguf.in_place_undo import Original, read_original
-from longrope_export.converters.gguf.rewrite import GgufChanges
+from longrope_export.converters.gguf.rewrite import GgufChanges, shard_changes
 from longrope_export.converters.gguf.scaling_keys import scaling_changes
 from longrope_export.errors import InputFileError
 from longrope_export.formats.gguf_header import GgufHeader, parse_gguf_header, read_gguf_header, read_range
+from longrope_export.formats.gguf_shards import read_gguf, shard_count, shard_paths
 from longrope_export.scaling import RopeScaling
 
 # More bytes than this behind the last tensor are not padding, and not ours to remember.
@@ -42,17 +43,20 @@ def patch_in_place(
 ) -> InPlaceResult:
     """Embed `scaling` in the GGUF file at `path` itself; `dry_run` checks everything and writes nothing.
 
-    A file that was patched in place before is patched as if it had not been. Raises what `patch_gguf` raises, and
-    `OutputError` when the file is in use, has other names, or the file system cannot insert room.
+    A file that was patched in place before is patched as if it had not been. Of a split model the first shard changes
+    alone, whichever is named: keys and factors stand there, and llama.cpp reads the sum of tensors there. Raises what
+    `patch_gguf` raises, and `OutputError` when the file is in use, has other names, or the file system cannot insert
+    room.
     """
-    source = Path(path)
     lossy: list[str] = []
 
     def plan(header: GgufHeader) -> Change:
-        lossy.extend(check_patchable(header, scaling, allow_lossy=allow_lossy))
-        return _planned_patch(header, lambda origin: scaling_changes(origin, scaling))
+        # read again only where there are others: a large vocabulary takes time
+        whole = replace(header, others=read_gguf(header.path).others) if shard_count(header) > 1 else header
+        lossy.extend(check_patchable(whole, scaling, allow_lossy=allow_lossy))
+        return _planned_patch(whole, lambda origin: scaling_changes(origin, scaling))
 
-    change = _changed(source, plan, dry_run=dry_run)
+    change = _changed(Path(path), plan, dry_run=dry_run)
     return InPlaceResult(change.shift, change.growth, change.size_after, tuple(lossy))
 
 
@@ -74,9 +78,15 @@ def original_of(header: GgufHeader) -> Original:
 
 
 def _changed(path: Path, plan: Callable[[GgufHeader], Change], *, dry_run: bool) -> Change:
-    """Read and plan first, then take the file for this process alone, and make sure that it is still the same."""
+    """Read and plan first, then take the file for this process alone, and make sure that it is still the same.
+
+    Of several shards the first is changed, whichever `path` is.
+    """
     before = _identity(path.stat()) if path.exists() else None
     header = read_gguf_header(path)
+    count = shard_count(header)
+    if count > 1 and path != (first := shard_paths(path, count)[0]):
+        return _changed(first, plan, dry_run=dry_run)
     check_alone(path)
     change = plan(header)
     with opened_alone(path) as descriptor:
@@ -95,7 +105,7 @@ def _planned_patch(header: GgufHeader, changes_of: Callable[[GgufHeader], GgufCh
     unit = room_unit(header.path, header.alignment)
     known = read_original(header)
     origin = parse_gguf_header(header.path, known.header, known.size) if known else header
-    changes = changes_of(origin)
+    changes = _first_changes(replace(origin, others=header.others), changes_of(origin))
     placement = place_vectors(origin, changes)
     places = [(vector.offset, len(vector.raw)) for vector in placement.slots.values()]
     current = _current_spots(header, [*places, (placement.tail, 0)])
@@ -105,6 +115,15 @@ def _planned_patch(header: GgufHeader, changes_of: Callable[[GgufHeader], GgufCh
     after = spot_bytes(origin, placement, original)
     raw = new_header(origin, changes, placement, original, unit=unit, least=header.data_start)
     return _change(header, raw, current, after)
+
+
+def _first_changes(header: GgufHeader, changes: GgufChanges) -> GgufChanges:
+    """What the first shard gets; the others must not hold what would have to go."""
+    gone = changes.dropped | changes.vectors.keys()
+    for shard in header.others:
+        if names := [info.name for info in shard.tensors if info.name in gone]:
+            raise refusal(header.path, f"{shard.path.name} holds the tensor {names[0]}, which would have to go")
+    return shard_changes(header, changes)[0]
 
 
 def _planned_unpatch(header: GgufHeader) -> Change:

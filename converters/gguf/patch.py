@@ -49,4 +49,4 @@ def plan_patch(
     header = read_gguf(source)
     lossy = check_patchable(header, scaling, allow_lossy=allow_lossy)
     check_output(Path(target), overwrite=overwrite)
-    return rewritten_size(header, scaling_changes(header, scaling)), lossy
+    return rewritten_size(header, scaling_changes(header, scaling), Path(target).absolute().parent), lossy

@@ -14,8 +14,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from longrope_export.converters.copying import copy_range
-from longrope_export.converters.gguf.encode import Int32, encode_entry, encode_head, encode_string, encode_tensor_info
+from longrope_export.converters.copying import SHARED_UNIT, can_share, copy_range
+from longrope_export.converters.gguf.encode import (
+    Int32,
+    encode_entry,
+    encode_head,
+    encode_string,
+    encode_tensor_info,
+    filler_entry,
+)
 from longrope_export.converters.gguf.in_place_undo import UNDO_KEY
 from longrope_export.errors import InputFileError, OutputError
 from longrope_export.files import atomic_output
@@ -23,6 +30,12 @@ from longrope_export.formats.gguf_header import GgufHeader, TensorInfo, align, r
 from longrope_export.formats.gguf_shards import TENSORS_KEY, shard_paths
 
 _F32 = 0
+# Zeros that put the tensor data where a copy can share the source's blocks; llama.cpp allows no others in front of them.
+FILLER_KEY = "longrope_export.filler"
+# The keys that are about one file's layout, not about its model.
+_LAYOUT_KEYS = (UNDO_KEY, FILLER_KEY)
+# Less is not worth a key.
+_LEAST_SHARED = 1 << 20
 _LENGTH = struct.Struct("<Q")
 
 
@@ -85,22 +98,22 @@ def shard_changes(header: GgufHeader, changes: GgufChanges) -> list[GgufChanges]
 def _write(header: GgufHeader, file: BinaryIO, changes: GgufChanges) -> None:
     kept = kept_tensors(header, changes)
     with header.path.open("rb", buffering=0) as original:
-        file.write(header_bytes(header, changes))
+        file.write(_new_header(header, changes, Path(file.name).parent))
         start = file.tell()
         _copy_data(header, kept, original, file)
         file.write(vector_bytes(header.alignment, changes))
         _reorder_rows(header, kept, changes, file, start)
 
 
-def rewritten_size(header: GgufHeader, changes: GgufChanges) -> int:
-    """Bytes that `rewrite_gguf` would write, in all shards."""
+def rewritten_size(header: GgufHeader, changes: GgufChanges, folder: Path) -> int:
+    """Bytes that `rewrite_gguf` would write into `folder`, in all shards."""
     shards = zip((header, *header.others), shard_changes(header, changes), strict=True)
-    return sum(_shard_size(shard, change) for shard, change in shards)
+    return sum(_shard_size(shard, change, folder) for shard, change in shards)
 
 
-def _shard_size(header: GgufHeader, changes: GgufChanges) -> int:
+def _shard_size(header: GgufHeader, changes: GgufChanges, folder: Path) -> int:
     kept = sum(align(info.size, header.alignment) for info in kept_tensors(header, changes))
-    return len(header_bytes(header, changes)) + kept + len(vector_bytes(header.alignment, changes))
+    return len(_new_header(header, changes, folder)) + kept + len(vector_bytes(header.alignment, changes))
 
 
 def refuse_same_file(source: Path, target: Path) -> None:
@@ -114,11 +127,26 @@ def kept_tensors(header: GgufHeader, changes: GgufChanges) -> list[TensorInfo]:
     return [info for info in header.tensors if info.name not in changes.dropped and info.name not in changes.vectors]
 
 
-def header_bytes(header: GgufHeader, changes: GgufChanges) -> bytes:
-    """The changed file's bytes up to its tensor data, padded to the alignment."""
+def _new_header(header: GgufHeader, changes: GgufChanges, folder: Path) -> bytes:
+    """The changed file's header, longer where that lets its tensor data share the source's blocks."""
+    if header.file_size - header.data_start < _LEAST_SHARED or not can_share(header.path, folder):
+        return header_bytes(header, changes)
+    start, _ = max(_runs(header, kept_tensors(header, changes)), key=lambda run: run[1], default=(0, 0))
+    before = sum(run[1] for run in _runs(header, kept_tensors(header, changes)) if run[0] < start)
+    return header_bytes(header, changes, remainder=(header.data_start + start - before) % SHARED_UNIT)
+
+
+def header_bytes(header: GgufHeader, changes: GgufChanges, *, remainder: int | None = None) -> bytes:
+    """The changed file's bytes up to its tensor data, padded to the alignment.
+
+    `remainder`: made longer by a filler key, so that the length leaves this remainder modulo `SHARED_UNIT`.
+    """
     entries, count = _entry_bytes(header, changes)
     kept = kept_tensors(header, changes)
     infos = _info_bytes(header, kept, changes)
+    if remainder is not None:
+        length = len(encode_head(header.version, 0, 0)) + len(entries) + len(filler_entry(FILLER_KEY, 0)) + len(infos)
+        entries, count = entries + filler_entry(FILLER_KEY, (remainder - length) % SHARED_UNIT), count + 1
     raw = encode_head(header.version, len(kept) + len(changes.vectors), count) + entries + infos
     return raw.ljust(align(len(raw), header.alignment), b"\0")
 
@@ -137,7 +165,7 @@ def _entry_bytes(header: GgufHeader, changes: GgufChanges) -> tuple[bytes, int]:
     untouched = [
         _renamed(raw[entry.start - header.kv_start : entry.end - header.kv_start], key)
         for key, entry in header.metadata.items()
-        if key not in changes.entries and key not in changes.removed and key != UNDO_KEY  # it is about the old layout
+        if key not in changes.entries and key not in changes.removed and key not in _LAYOUT_KEYS
     ]
     added = [encode_entry(key, value) for key, value in changes.entries.items()]
     return b"".join(untouched + added), len(untouched) + len(added)

@@ -1,31 +1,25 @@
-"""Reading a model folder's tensors one by one and encoding each for GGUF; memory stays near the largest
-tensor.
-"""
+"""Reading a model folder's tensors in blocks of rows; memory stays at a few blocks, whatever the tensors' sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from longrope_export.errors import InputFileError, NumericalError, UnsupportedModelError
-from longrope_export.formats.gguf_header import read_range
+from longrope_export.errors import InputFileError, UnsupportedModelError
 from longrope_export.formats.safetensors_header import SafetensorsTensor, read_safetensors_header
 
-Array32 = npt.NDArray[np.float32]
+# Values of a block: small enough for the processor's cache, large enough to hide the cost of Python.
+_BLOCK_VALUES = 1 << 19
+# bfloat16 is the upper half of a float32, and numpy has no type for it
+_STORED = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
-# dtype option → (ggml type's name, general.file_type as in llama.h's llama_ftype)
-DTYPES: Mapping[str, tuple[str, int]] = {
-    "f32": ("F32", 0),
-    "f16": ("F16", 1),
-    "bf16": ("BF16", 32),
-    "q8_0": ("Q8_0", 7),
-}
-_Q8_0_BLOCK = 32
+Rows = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -49,57 +43,37 @@ def stored_tensors(shards: list[Path]) -> dict[str, StoredTensor]:
     return found
 
 
-def read_stored(tensor: StoredTensor) -> Array32:
-    """The tensor as float32; raises `UnsupportedModelError` for dtypes other than F64, F32, F16 and BF16."""
-    start = tensor.data_start + tensor.info.start
-    raw = read_range(tensor.path, start, start + tensor.info.end - tensor.info.start)
-    plain = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}.get(tensor.info.dtype)
-    if plain:
-        return np.frombuffer(raw, plain).astype(np.float32, copy=False).reshape(tensor.info.shape)
-    if tensor.info.dtype == "BF16":
-        # bfloat16 is the upper half of a float32
-        wide = np.frombuffer(raw, "<u2").astype(np.uint32)
-        wide <<= 16
-        return wide.view(np.float32).reshape(tensor.info.shape)
-    raise UnsupportedModelError(
-        f"{tensor.path} holds weights in {tensor.info.dtype}; save the model in bfloat16 or float32"
-    )
+def row_blocks(tensor: StoredTensor, heads: int | None = None) -> Iterator[tuple[int, int]]:
+    """First and last row (exclusive) of each block; `heads`: no block ends within a head."""
+    rows, width = tensor.info.shape[0], prod(tensor.info.shape[1:])
+    unit = rows // heads if heads else 1
+    step = max(1, _BLOCK_VALUES // max(1, width * unit)) * unit
+    for first in range(0, rows, step):
+        yield first, min(rows, first + step)
 
 
-def ggml_type(shape: tuple[int, ...], dtype: str) -> str:
-    """Name of the ggml type in which a tensor of `shape` is stored: vectors F32, short rows of q8_0 F16."""
-    if len(shape) < 2:
-        return "F32"
-    name = DTYPES[dtype][0]
-    return "F16" if name == "Q8_0" and shape[-1] % _Q8_0_BLOCK else name
+def read_rows(tensor: StoredTensor, first: int, last: int) -> Rows:
+    """Rows `first` to `last` as they are stored; BF16 as uint16, the others as floating-point numbers.
+
+    Raises `UnsupportedModelError` for dtypes other than F64, F32, F16 and BF16, `InputFileError` for a file that ends
+    early.
+    """
+    if tensor.info.dtype not in _STORED:
+        raise UnsupportedModelError(
+            f"{tensor.path} holds weights in {tensor.info.dtype}; save the model in bfloat16 or float32"
+        )
+    kind, width = np.dtype(_STORED[tensor.info.dtype]), prod(tensor.info.shape[1:])
+    start = tensor.data_start + tensor.info.start + first * width * kind.itemsize
+    try:
+        values = np.fromfile(tensor.path, kind, (last - first) * width, offset=start)
+    except OSError as error:
+        raise InputFileError(f"{tensor.path} cannot be read: {error.strerror or error}") from error
+    if len(values) != (last - first) * width:
+        raise InputFileError(f"{tensor.path} is truncated: it ended while it was read")
+    return values.reshape(last - first, *tensor.info.shape[1:])
 
 
-def encoded_bytes(shape: tuple[int, ...], name: str) -> int:
-    """Bytes of a tensor of `shape` in the ggml type `name`."""
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
-    return int(np.prod(shape, dtype=np.int64)) // int(block) * int(size)
-
-
-def encode(values: Array32, name: str, tensor: str) -> npt.NDArray[Any]:
-    """`values` in the ggml type `name`; raises `NumericalError` when float16 cannot hold them."""
-    from gguf.constants import GGMLQuantizationType
-    from gguf.quants import quantize
-
-    if name == "F32":
-        return values
-    if name == "F16":
-        with np.errstate(over="ignore"):
-            half = values.astype(np.float16)
-        if np.isfinite(values).all() and not np.isfinite(half).all():
-            raise NumericalError(f"the tensor {tensor} has values beyond float16's range; convert with --dtype bf16")
-        return half
-    encoded: npt.NDArray[Any] = quantize(values, GGMLQuantizationType[name])
-    return encoded
-
-
-def permute_pairs(values: Array32, heads: int) -> Array32:
+def permute_pairs(values: Rows, heads: int) -> Rows:
     """Rows of a q or k weight (or bias) from transformers' pairs (i, i + d/2) to llama.cpp's (2i, 2i + 1),
     per head.
     """

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import click
 
+from longrope_export.cli.tables import printable
 from longrope_export.lengths import is_length
 
 
@@ -24,6 +26,8 @@ class LengthType(click.ParamType[str]):
 
 
 LENGTH = LengthType()
+# What a converted GGUF's matrices can be; a test compares with `converters.gguf.encodings.DTYPES`.
+GGUF_DTYPE = click.Choice(["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "mxfp4", "tq2_0", "tq1_0"])
 
 
 def print_json(value: Any) -> None:
@@ -52,3 +56,18 @@ def quiet_libraries() -> None:
     """
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+# What became of a safetensors shard that was changed in place.
+_SHARD_CHANGES = {
+    "room": "its header had the room",
+    "inserted": "blocks inserted at the front",
+    "removed": "blocks cut off at the front",
+    "copied": "copied, because this file system cannot insert room",
+}
+
+
+def print_shards(shards: Mapping[str, str]) -> None:
+    """One line for each shard: how its header was changed."""
+    for name, how in shards.items():
+        click.echo(f"{printable(name)}: {_SHARD_CHANGES[how]}")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from longrope_export.cli.common import print_json, quiet_libraries
+from longrope_export.cli.common import GGUF_DTYPE, LENGTH, print_json, quiet_libraries
 from longrope_export.errors import LongRopeError, ScalingError
+from longrope_export.lengths import resolve_length
 
 if TYPE_CHECKING:
     from longrope_export.scaling import RopeScaling
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     "--with", "script", type=click.Path(path_type=Path),
     help="Convert with this convert_hf_to_gguf.py of llama.cpp, whatever the family; OPTIONS behind -- go to it.",
 )  # fmt: skip
-@click.option("--dtype", type=click.Choice(["f32", "f16", "bf16", "q8_0"]), help="Without --with (default f16).")
+@click.option("--dtype", type=GGUF_DTYPE, help="Without --with (default f16).")
 @click.option(
     "--as", "architecture", type=click.Choice(["llama", "phi3", "granite", "step35"]),
     help="GGUF architecture to write the model as (default: its own, or llama where that ignores factors).",
@@ -40,6 +42,11 @@ if TYPE_CHECKING:
     "--approximate", type=click.Choice(["auto", "yarn", "linear", "base"]),
     help="No factors, but the keys of a method that come nearest, with --allow-lossy: for other architectures.",
 )  # fmt: skip
+@click.option(
+    "--measure", type=click.Path(path_type=Path), multiple=True,
+    help="Texts: print what --approximate costs in perplexity, before anything is written; repeatable.",
+)  # fmt: skip
+@click.option("--measure-at", type=LENGTH, help="Length to measure at besides the window [default: the new window].")
 @click.option("--allow-lossy", is_flag=True, help="Write even what llama.cpp cannot apply fully; it is listed.")
 @click.option("--overwrite", is_flag=True, help="Replace --out if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -53,6 +60,8 @@ def convert(
     architecture: str | None,
     static: bool,
     approximate: str | None,
+    measure: tuple[Path, ...],
+    measure_at: str | None,
     allow_lossy: bool,
     overwrite: bool,
     as_json: bool,
@@ -67,10 +76,16 @@ def convert(
       longrope convert MODEL --scaling longrope.json --out longer.gguf --dtype q8_0
       longrope convert MODEL --out longer.gguf --with llama.cpp/convert_hf_to_gguf.py -- --outtype bf16
       longrope convert qwen2-q4.gguf --scaling longrope.json --out longer.gguf --as granite
+      longrope convert gemma.gguf --scaling longrope.json --out longer.gguf --approximate auto --measure book.txt
     """
     _check_usage(model, options, script, dtype, other_form=bool(static or architecture), approximate=approximate)
     quiet_libraries()
+    if approximate is None and (measure or measure_at):
+        raise click.UsageError("--measure goes with --approximate")
+    if measure_at and not measure:
+        raise click.UsageError("--measure-at goes with --measure")
     scaling = _record(model, record)
+    measured = _measured(model, scaling, approximate, measure, measure_at) if approximate and measure else []
     how: dict[str, Any] = {
         "architecture": architecture,
         "static": static,
@@ -93,7 +108,7 @@ def convert(
     else:
         path = out
         lossy, notes = _convert_folder(model, out, scaling, dtype or "f16", **how)
-    _print(path, scaling, lossy, notes, as_json)
+    _print(path, scaling, lossy, notes, measured, as_json)
 
 
 def _check_usage(
@@ -113,7 +128,8 @@ def _check_usage(
 def _convert_folder(
     model: Path, out: Path, scaling: RopeScaling, dtype: str, **how: Any
 ) -> tuple[list[str], list[str]]:
-    from longrope_export.converters.gguf.convert import plan_conversion, write_conversion
+    from longrope_export.converters.gguf.conversion import plan_conversion
+    from longrope_export.converters.gguf.convert import write_conversion
     from longrope_export.converters.gguf.disguise import file_notes
 
     overwrite = how.pop("overwrite")
@@ -121,6 +137,19 @@ def _convert_folder(
     write_conversion(plan, out, overwrite=overwrite)
     own = plan.model.family.gguf_architectures[0]
     return plan.losses, file_notes(scaling, own, plan.target.architecture, static=how["static"])
+
+
+def _measured(
+    model: Path, scaling: RopeScaling, method: str, texts: tuple[Path, ...], length: str | None
+) -> list[dict[str, Any]]:
+    """The costs, which are said at once: they decide whether --allow-lossy is worth it."""
+    from longrope_export.converters.approximation_cost import approximation_cost
+
+    at = None if length is None else resolve_length(length, scaling.original_max_position_embeddings)
+    costs = approximation_cost(model, scaling, method, texts, length=at)
+    for cost in costs:
+        click.echo(f"measured: {cost}", err=True)
+    return [asdict(cost) for cost in costs]
 
 
 def _record(model: Path, record: Path | None) -> RopeScaling:
@@ -139,11 +168,13 @@ def _echo(block: bytes) -> None:
     sys.stderr.flush()
 
 
-def _print(path: Path, scaling: RopeScaling, lossy: list[str], notes: list[str], as_json: bool) -> None:
+def _print(
+    path: Path, scaling: RopeScaling, lossy: list[str], notes: list[str], measured: list[dict[str, Any]], as_json: bool
+) -> None:
     size = path.stat().st_size
     if as_json:
         values: dict[str, Any] = {"path": str(path), "bytes": size, "lossy": lossy, "notes": notes}
-        print_json(values)
+        print_json({**values, "measured": measured} if measured else values)
         return
     window = f"window {scaling.original_max_position_embeddings} → {scaling.max_position_embeddings}"
     click.echo(f"{path}: {window}, {size:,} bytes")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from longrope_export.cli.common import print_json, quiet_libraries
+from longrope_export.cli.common import GGUF_DTYPE, print_json, quiet_libraries
 
 if TYPE_CHECKING:
     from longrope_export.scaling import RopeScaling
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write; it must not exist.")
 @click.option(
-    "--dtype", type=click.Choice(["f32", "f16", "bf16", "q8_0"]),
+    "--dtype", type=GGUF_DTYPE,
     help="Of the GGUF made from a folder (default f16), or of the folder made from a GGUF (default f32).",
 )  # fmt: skip
 @click.option(

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from longrope_export.cli.common import LENGTH, name_values, print_json, quiet_libraries
+from longrope_export.cli.common import GGUF_DTYPE, LENGTH, name_values, print_json, quiet_libraries
 
 
 @click.command(short_help="Give a model a longer window: find factors, embed them, check them.")
@@ -41,7 +41,7 @@ from longrope_export.cli.common import LENGTH, name_values, print_json, quiet_li
 @click.option("--for", "purpose", type=click.Choice(["hf", "gguf"]), help="Search only what this target can apply.")
 @click.option("--hf", is_flag=True, help="From a GGUF: write an HF folder (dequantised) as well.")
 @click.option("--gguf/--no-gguf", default=None, help="From an HF folder: write a GGUF too [default: where possible].")
-@click.option("--dtype", type=click.Choice(["f32", "f16", "bf16", "q8_0"]), default="f16", show_default=True,
+@click.option("--dtype", type=GGUF_DTYPE, default="f16", show_default=True,
               help="Weights of a converted GGUF.")  # fmt: skip
 @click.option("--verify/--no-verify", default=None, help="Prove it in llama.cpp [default: after a search].")
 @click.option("--allow-lossy", is_flag=True, help="Write even what a target cannot apply fully; it is listed.")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from longrope_export.cli.common import print_json
+from longrope_export.cli.common import print_json, print_shards
 
 if TYPE_CHECKING:
     from longrope_export.scaling import RopeScaling
@@ -40,6 +40,9 @@ def patch(
 ) -> None:
     """Write MODEL, a possibly quantised GGUF file, with the factors of a record embedded.
 
+    With --in-place MODEL may also be a Hugging Face folder: config.json changes, and the headers of its shards take a
+    copy of the record in, into room that they have, by inserted blocks, or by one streaming copy, which is said.
+
     No weight is touched: the header is rewritten and the tensor bytes are copied, or left where they are with
     --in-place. `longrope unpatch` brings back the bytes from before --in-place. Stopped half-way, it is undone by the
     next longrope command on the file.
@@ -48,6 +51,7 @@ def patch(
     Examples:
       longrope patch model.gguf --scaling longrope.json --out longer.gguf
       longrope patch model.gguf --scaling longrope.json --in-place
+      longrope patch MODEL --scaling longrope.json --in-place
       llama-cli -m longer.gguf -c 32768
     """
     if in_place == (out is not None) or (in_place and overwrite):
@@ -56,6 +60,9 @@ def patch(
     from longrope_export.formats.records import read_scaling
 
     scaling = read_scaling(record)
+    if out is None and model.is_dir():
+        _patch_folder(model, scaling, allow_lossy=allow_lossy, dry_run=dry_run, as_json=as_json)
+        return
     if out is None:
         result = _patch_in_place(model, scaling, allow_lossy=allow_lossy, dry_run=dry_run)
     else:
@@ -84,6 +91,21 @@ def _patch_in_place(model: Path, scaling: RopeScaling, *, allow_lossy: bool, dry
 
     result = patch_in_place(model, scaling, allow_lossy=allow_lossy, dry_run=dry_run)
     return {"bytes": result.size, "inserted": result.shift, "appended": result.growth, "lossy": list(result.lossy)}
+
+
+def _patch_folder(model: Path, scaling: RopeScaling, *, allow_lossy: bool, dry_run: bool, as_json: bool) -> None:
+    from longrope_export.converters.folder_in_place import patch_folder_in_place
+
+    result = patch_folder_in_place(model, scaling, allow_lossy=allow_lossy, dry_run=dry_run)
+    if as_json:
+        print_json({"path": str(model), "shards": result.shards, "lossy": list(result.lossy), "dry_run": dry_run})
+        return
+    would = "would become " if dry_run else ""
+    window = f"window {scaling.original_max_position_embeddings} → {scaling.max_position_embeddings}"
+    click.echo(f"{model}: {would}{window}")
+    print_shards(result.shards)
+    for line in result.lossy:
+        click.echo(f"lost: {line}")
 
 
 def _print(values: dict[str, Any], scaling: RopeScaling) -> None:

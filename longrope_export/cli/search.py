@@ -214,7 +214,7 @@ def search(as_json: bool, dry_run: bool, **options: Any) -> None:
       longrope patch model.gguf --scaling factors/longrope.json --out longer.gguf
     """
     quiet_libraries()
-    config = search_config(options)
+    config = dataclasses.replace(search_config(options), command=shlex.join(["longrope", *sys.argv[1:]]))
     if dry_run:
         _dry_run(config, as_json)
         return

@@ -12,12 +12,14 @@ from longrope_export.cli.common import print_json, quiet_libraries
 from longrope_export.cli.tables import printable
 
 if TYPE_CHECKING:
-    from longrope_export.converters.verify import RegimeResult, VerificationReport
+    from longrope_export.converters.measuring import RegimeResult
+    from longrope_export.converters.verify import VerificationReport
 
 
 @click.command()
 @click.argument("path", metavar="DIR_OR_GGUF", type=click.Path(path_type=Path))
 @click.option("--scaling", type=click.Path(path_type=Path), help="Record to verify against; default: the files' own.")
+@click.option("--source", type=click.Path(path_type=Path), help="Model folder that an unquantised GGUF was made from.")
 @click.option("--prefixes", type=click.IntRange(2), default=16, show_default=True, help="Prefix lengths per regime.")
 @click.option("--max-prefix", type=click.IntRange(2), help="Longest prefix in tokens; default: 1.25 windows.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Chooses the text.")
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 def verify(
     path: Path,
     scaling: Path | None,
+    source: Path | None,
     prefixes: int,
     max_prefix: int | None,
     seed: int,
@@ -49,6 +52,7 @@ def verify(
       longrope verify OUT --prefixes 32
       longrope verify big.gguf --probe --max-prefix 4096
       longrope verify other.gguf --scaling longrope.json --json
+      longrope verify qwen3-as-step35.gguf --source ./qwen3
     """
     from longrope_export.converters.verify import verify as run
     from longrope_export.formats.records import read_scaling
@@ -57,6 +61,7 @@ def verify(
     report = run(
         path,
         read_scaling(scaling) if scaling else None,
+        source=source,
         prefixes=prefixes,
         max_prefix=max_prefix,
         seed=seed,
@@ -77,7 +82,8 @@ def print_report(report: VerificationReport) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{report.verdict.upper()}: {printable(report.path)}", title_justify="left")
+    part = ", without what stands below" if report.left_out else ""
+    table = Table(title=f"{report.verdict.upper()}{part}: {printable(report.path)}", title_justify="left")
     for name in ("runtime", "set", "prefixes", "distance", "bound", "to other scalings", "verdict"):
         table.add_column(name)
     for entry in report.regimes:
@@ -105,7 +111,8 @@ def _remarks(report: VerificationReport) -> list[str]:
     ]
     versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
     probed = " (first blocks only)" if report.probe else ""
-    return [*lines, *report.notes, f"distances in nats{probed}; {versions}; {report.seconds:g} s"]
+    left_out = [f"left out of the comparison: {line}" for line in report.left_out]
+    return [*lines, *left_out, *report.notes, f"distances in nats{probed}; {versions}; {report.seconds:g} s"]
 
 
 def _read_text(path: Path) -> str:

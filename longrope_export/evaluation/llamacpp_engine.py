@@ -31,12 +31,13 @@ class LlamaCppEngine:
         library_path()
         self.gguf, self.tokenizer, self.context = gguf, tokenizer, llamacpp.CONTEXT_GRANULE
         self.threads = threads or llamacpp.default_threads()
+        self.window: int | None = None
         self._scorer: LlamaCppScorer | None = None
         self._session: Session | None = None
 
     def rotate(self, row: ModelRow, factors: FactorSet, length: int) -> None:
         """Have sequences of `length` tokens computed in a context that gives `factors`; raises `ScalingError`."""
-        self.context = context_for(row, factors, length)
+        self.context, self.window = context_for(row, factors, length), row.model.window
 
     def losses(self, token_ids: Ids, first: int = 1, offset: int = 0) -> npt.NDArray[np.float32]:
         """Cross entropy in nats of tokens `first`…, float32; see `protocol.Engine`."""
@@ -49,7 +50,12 @@ class LlamaCppEngine:
         return self._scored("choices", token_ids, first).astype(np.int64)
 
     def generate(self, prompt_ids: Sequence[int], count: int) -> list[int]:
-        """Greedy continuation by at most `count` token ids; it ends before EOS."""
+        """Greedy continuation by at most `count` token ids; it ends before EOS, and where the file's window does.
+
+        llama.cpp's server takes no prompt that fills the window which the file declares, whatever its context: no answer.
+        """
+        if self.window is not None and len(prompt_ids) >= self.window:
+            return []
         try:
             found = self._server().generate([int(token) for token in prompt_ids], count)
         except RuntimeFailure:
@@ -88,18 +94,20 @@ class LlamaCppEngine:
 
 
 def context_for(row: ModelRow, factors: FactorSet, length: int) -> int:
-    """Tokens of a context in which llama.cpp applies `factors` to a sequence of `length`.
+    """Tokens of a context in which llama.cpp applies `factors` to a sequence of `length`, with room for one more if any.
 
     Raises `ScalingError` where there is none: it takes the long factors in every context above L, rounded up to 256.
     """
     window = row.model.original_window
     if row.switch == "context" and row.context:
         length = max(length, row.context)
+    # At the end of its context llama.cpp stops, and the token after an answer tells whether its number is longer.
+    roomy = length + 1
     if factors.label == "long":
-        return max(length, window + 1)
+        return max(roomy, window + 1)
     if factors.label == "short" and llamacpp.padded_context(length) > window:
         raise ScalingError(
             f"llama.cpp applies the long factors of {row.name} in a context of {llamacpp.padded_context(length):,} "
             f"tokens, the smallest that holds {length:,}; ask for a length of which a multiple of 256 is at most {window:,}"
         )
-    return length
+    return length if factors.label == "short" and llamacpp.padded_context(roomy) > window else roomy

@@ -124,10 +124,16 @@ def notes(plan: Plan) -> list[str]:
     """What a reader of the numbers should know: rows that are measured beyond the window that they are made for."""
     longest = max(plan.request.lengths) + plan.request.offset
     return [
-        f"{row.name} is made for {_made_for(row):,} tokens and was measured at {longest:,}"
+        f"{row.name} is made for {_made_for(row):,} tokens and was measured at {longest:,}{_silent(plan, row, longest)}"
         for row in plan.rows
         if longest > _made_for(row)
     ]
+
+
+def _silent(plan: Plan, row: ModelRow, longest: int) -> str:
+    if plan.request.runtime != "llamacpp" or longest <= row.model.window:
+        return ""
+    return f"; llama.cpp's server generates nothing beyond the {row.model.window:,} that the file declares, which counts as wrong"
 
 
 def _made_for(row: ModelRow) -> int:

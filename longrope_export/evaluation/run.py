@@ -27,6 +27,8 @@ DEFAULT_TASKS = ("perplexity", "passkey")
 RETENTION = "retention"
 TRANSFORMERS, LLAMACPP = "transformers", "llamacpp"
 MOST_DOCUMENTS = 5
+# Of each text that tells tokenizers apart where the tasks read no documents.
+PROBE_TOKENS = 512
 
 Progress = Callable[[int, int], None]
 Reporter = Callable[[str], AbstractContextManager[Progress | None]]
@@ -191,8 +193,8 @@ def _with_texts(request: Request, tasks: Sequence[Task], options: EvaluateOption
     tokens = max(task.document_tokens(request) for task in tasks)
     if tokens:
         request = replace(request, documents=tuple(_documents(request, tokens, options.documents)))
-        for path in options.models[1:]:
-            _check_same_tokens(request, path, options, tokens)
+    if len(options.models) > 1:
+        _check_same_tokens(request, options, tokens)
     return request
 
 
@@ -204,15 +206,25 @@ def _documents(request: Request, tokens: int, documents: int | None) -> list[Row
     return standard_library_rows(request.tokenizer, tokens, documents)
 
 
-def _check_same_tokens(request: Request, path: Path, options: EvaluateOptions, tokens: int) -> None:
+def _check_same_tokens(request: Request, options: EvaluateOptions, tokens: int) -> None:
+    """Raise `UnsupportedModelError` for a model with another tokenizer: all get the first one's token ids.
+
+    Without documents the standard library's first tokens tell.
+    """
     from longrope_export.evaluation.documents import data_hash, load_tokenizer
 
-    other = replace(request, tokenizer=load_tokenizer(path))
-    if data_hash(_documents(other, tokens, options.documents)) != data_hash(request.documents):
-        raise UnsupportedModelError(
-            f"{path} splits the texts into other tokens than {options.models[0]}: losses a token cannot be compared; "
-            "evaluate it in a run of its own"
-        )
+    def read(by: Request) -> str:
+        if tokens:
+            return data_hash(_documents(by, tokens, options.documents))
+        return data_hash(standard_library_rows(by.tokenizer, PROBE_TOKENS))
+
+    first = data_hash(request.documents) if tokens else read(request)
+    for path in options.models[1:]:
+        if read(replace(request, tokenizer=load_tokenizer(path))) != first:
+            raise UnsupportedModelError(
+                f"{path} splits the texts into other tokens than {options.models[0]}: what is measured a token cannot be "
+                "compared; evaluate it in a run of its own"
+            )
 
 
 def standard_library_rows(tokenizer: Any, length: int, documents: int | None = None) -> list[Row]:

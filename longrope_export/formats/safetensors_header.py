@@ -77,11 +77,25 @@ def read_safetensors_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
             raw = file.read(length)
     except OSError as error:
         raise InputFileError(f"{source} cannot be read: {error.strerror or error}") from error
+    return parse_safetensors_header(source, raw, size)
+
+
+def parse_safetensors_header(path: Path, raw: bytes, file_size: int) -> SafetensorsHeader:
+    """The header whose JSON (and the spaces behind it) is `raw`, in front of as many data bytes as fill the file.
+
+    Raises `InputFileError` when it is malformed.
+    """
+    source, size, length = path, file_size, len(raw)
     values = _parse_json(source, raw)
     metadata = _metadata(source, values.pop(METADATA_KEY, {}))
     tensors = {name: _tensor(source, name, entry) for name, entry in values.items()}
     _check_coverage(source, tensors, size - 8 - length)
     return SafetensorsHeader(source, MappingProxyType(metadata), MappingProxyType(tensors), length, size)
+
+
+def most_header_bytes(file_size: int) -> int:
+    """How long a header may be that is read here, in a file of `file_size` bytes."""
+    return min(MAX_HEADER_BYTES, _LEAST_HEADER_BYTES + file_size // _BYTES_PER_HEADER_BYTE)
 
 
 def _invalid(path: Path, problem: str) -> InputFileError:
@@ -99,7 +113,7 @@ def _header_length(path: Path, raw: bytes, size: int) -> int:
         raise InputFileError(
             f"{path} is truncated: the header needs {8 + length:,} bytes, the file has {size:,}; download it again"
         )
-    if length > _LEAST_HEADER_BYTES + size // _BYTES_PER_HEADER_BYTE:
+    if length > most_header_bytes(size):
         raise _invalid(path, f"its header has {length:,} bytes, too many for a file of {size:,}")
     return length
 

@@ -72,12 +72,14 @@ def _write(
     results: Sequence[Mapping[str, Any]],
 ) -> None:
     from longrope_export.converters.card import CardContents
+    from longrope_export.recipe.figure import stage_figure
     from longrope_export.versions import versions
 
     name = f"{job.model.resolve().name}-{pipeline.length_name(record.max_position_embeddings)}"
     card = CardContents(
         name=name, scaling=record, command=job.command, table=table_of(results),
-        table_caption="Perplexity on report documents before and after every stage.", versions=versions(),
+        table_caption="Perplexity on report documents before and after every stage.",
+        figure=stage_figure(results, describe(job.model).window), versions=versions(),
     )  # fmt: skip
     pipeline.write_extended(description, record, plan, card=card, dtype=job.dtype, allow_lossy=job.allow_lossy)
 

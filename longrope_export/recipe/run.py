@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,7 @@ def _execute(step: Step, say: Say) -> None:
     from longrope_export.search.run import run_search
 
     with SearchProgress() as progress:
-        run_search(search_config(options), progress)
+        run_search(replace(search_config(options), command=shell_line(step.words)), progress)
 
 
 def _write_closed_form(step: Step) -> None:

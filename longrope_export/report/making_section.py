@@ -16,9 +16,9 @@ from longrope_export.scaling import RopeScaling
 def making_section(sources: Sources) -> Element:
     """Commands first, then what they were run with."""
     parts: list[Element] = [element("h2", "How it was made")]
-    commands = [each.command for each in sources.evaluations if each.command]
-    if commands:
-        parts += [element("h3", "Commands"), element("pre", "\n".join(commands))]
+    commands = [run.command for run in sources.searches] + [each.command for each in sources.evaluations]
+    if shown := "\n".join(command for command in commands if command):
+        parts += [element("h3", "Commands"), element("pre", shown)]
     for evaluation in sources.evaluations:
         parts += _evaluation(evaluation, len(sources.evaluations) > 1)
     for run in sources.searches:

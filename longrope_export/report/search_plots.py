@@ -67,7 +67,7 @@ def _draw_steps(axes: Axes, run: SearchRun) -> None:
     drawn = best_so_far(run.steps) if run.population else running_mean(run.steps, width)
     _stairs(axes, drawn, "best so far" if run.population else f"mean of {width} steps", run.population)
     axes.set_ylim(*_limits(ys))
-    axes.legend(loc="upper right", fontsize="small")
+    axes.legend(loc="upper right", fontsize="small", framealpha=0.85, frameon=True)
 
 
 def _draw_validation(axes: Axes, run: SearchRun) -> None:

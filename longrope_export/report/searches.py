@@ -43,6 +43,7 @@ class SearchRun:
     complete: bool
     about: tuple[tuple[str, str], ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
+    command: str | None = None
     scores: tuple[tuple[str, float | None, float | None, float | None], ...] = ()
 
 
@@ -75,6 +76,7 @@ def read_search(path: Path, name: str, record: RopeScaling | None = None) -> Sea
         complete=provenance.values.get("complete") is True,
         about=tuple(_about(header, configuration)),
         versions=_versions(header),
+        command=header.text("command"),
         scores=_scores(provenance),
     )
 

@@ -78,11 +78,11 @@ _SETTINGS = {
 
 
 def looks(names: Sequence[str], own: Sequence[str] = ()) -> dict[str, int]:
-    """Number of each row's look, the same in all figures: black for the unchanged model, vermilion for the first of
+    """Number of each row's look, the same in all figures: black for the unchanged model alone, vermilion for the first of
     `own`, the records that the page is about.
     """
     numbers = {UNCHANGED: 0} | dict.fromkeys(own[:1], OWN)
-    free = (index for index in itertools.count(1) if index != OWN)
+    free = (index for index in itertools.count(1) if index != OWN and index % len(_COLOURS))
     return numbers | {name: next(free) for name in dict.fromkeys(names) if name not in numbers}
 
 

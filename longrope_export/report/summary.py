@@ -9,14 +9,14 @@ from longrope_export.scaling import RopeScaling
 
 
 def facts(sources: Sources) -> list[tuple[str, str]]:
-    """(what, value) of up to six facts."""
+    """(what, value) of up to eight facts."""
     found = _windows(sources)
     for evaluation in sources.evaluations[:1]:
         found += _perplexity(evaluation) + _retention(evaluation) + _found(evaluation)
     for run in sources.searches[:1]:
         state = "" if run.complete else ", not complete"
         found.append(("search", f"{run.strategy}{state}"))
-    return found[:6]
+    return found[:8]
 
 
 def _windows(sources: Sources) -> list[tuple[str, str]]:
@@ -58,12 +58,15 @@ def _retention(evaluation: Evaluation) -> list[tuple[str, str]]:
 
 
 def _found(evaluation: Evaluation) -> list[tuple[str, str]]:
-    for grid in reversed(evaluation.grids):
-        if grid.lengths:
-            last = len(grid.lengths) - 1
-            name = f"{grid.task} at {tokens_text(grid.lengths[last])}: {grid.method}"
-            return [(name, share_text(grid.overall(last)))]
-    return []
+    """Of each task the last row's share at the longest length."""
+    last = {grid.task.partition(",")[0]: grid for grid in evaluation.grids if grid.lengths}
+    return [
+        (
+            f"{grid.task} at {tokens_text(grid.lengths[-1])}: {grid.method}",
+            share_text(grid.overall(len(grid.lengths) - 1)),
+        )
+        for grid in last.values()
+    ]
 
 
 def _last(methods: list[Method]) -> Method | None:

@@ -16,7 +16,8 @@ SCALING = RopeScaling(
     rope_theta=10000.0, rotary_dim=4, original_max_position_embeddings=32, max_position_embeddings=64,
     long_factor=(1.0, 2.0),
 )  # fmt: skip
-FIGURE = Picture("perplexity", "Perplexity of [all] <rows>", "", b"\x89PNG wide", b"narrow")
+FIGURE = Picture("perplexity", "Perplexity of [all] <rows>", "Below, <the> distance.", b"\x89PNG wide", b"narrow")
+FACTORS = Picture("factors", "Rescale factors", "", b"\x89PNG factors", b"narrow")
 TABLE = [["factors", "1×"], ["unchanged", "10.00"], ["a|b <i>", "9.00"]]
 
 
@@ -32,6 +33,7 @@ def test_table_and_figure_stand_together(tmp_path: Path) -> None:
     ((alt, target),) = re.findall(r"!\[(.*)\]\((.*)\)", card)
     assert (tmp_path / target).read_bytes() == FIGURE.wide
     assert alt == "Perplexity of \\[all\\] &lt;rows&gt;"
+    assert "\n\nBelow, &lt;the&gt; distance.\n" in part
 
 
 @pytest.mark.parametrize("changes", [{"table": TABLE}, {"figure": FIGURE}])
@@ -43,6 +45,14 @@ def test_either_is_shown_alone(changes: dict[str, object]) -> None:
 
 def test_a_card_without_measurements_has_no_such_part() -> None:
     assert "Before and after" not in model_card(contents())
+
+
+def test_factors_have_a_part_of_their_own(tmp_path: Path) -> None:
+    _write_card(tmp_path, contents(factors=FACTORS))
+    card = (tmp_path / "README.md").read_text()
+    assert "Before and after" not in card
+    assert "## The factors\n\n![Rescale factors](factors.png)" in card
+    assert (tmp_path / "factors.png").read_bytes() == FACTORS.wide
 
 
 def test_cells_are_text() -> None:

@@ -86,6 +86,24 @@ def test_our_own_output_and_a_plain_file_are_clean(patched: Path, tmp_path: Path
     assert repair(patched) == []
 
 
+@pytest.mark.parametrize(
+    ("architecture", "keys", "tensors"),
+    [
+        ("llama", {TYPE: "linear", FACTOR: 4.0}, {}),
+        ("llama", {TYPE: "yarn", FACTOR: 4.0, ORIGINAL: 512, WINDOW: 2048}, {}),
+        ("llama", {}, {STATIC: np.linspace(1.0, 8.0, 8)}),
+        ("llama", {FACTOR: 1.0}, {}),
+        ("qwen2", {"qwen2.rope.scaling.type": "yarn", "qwen2.rope.scaling.factor": 4.0}, {}),
+        ("mamba", {}, {}),
+    ],
+)
+def test_other_scalings_are_clean(
+    gguf_file: Build, architecture: str, keys: dict[str, Any], tensors: dict[str, Any]
+) -> None:
+    path = gguf_file("other.gguf", architecture=architecture, keys=keys, tensors=tensors)
+    assert names(path) == set()
+
+
 def test_every_rule_has_the_name_it_is_found_under() -> None:
     assert [f"G{number:02}" for number in range(1, 40)] == list(GGUF_RULES)
     assert all(rule.name == name and rule.condition and rule.symptom for name, rule in GGUF_RULES.items())

@@ -90,6 +90,23 @@ def test_our_own_nested_config_and_a_plain_one_are_clean(tmp_path: Path, record:
     assert examine(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {"type": "linear", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "attention_factor": 1.5},
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+         "original_max_position_embeddings": 512},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_other_scalings_are_clean(tmp_path: Path, rope: dict[str, Any], key: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **SIZES, key: rope}))
+    assert names(tmp_path) == set()
+
+
 def test_our_own_export_of_the_demo_model_is_clean(tmp_path: Path, record: Record) -> None:
     theta = describe(demo_model_path()).rope_theta
     scaling = record(64, rope_theta=theta, original_max_position_embeddings=256, max_position_embeddings=1024)

@@ -207,6 +207,15 @@ def test_a_padded_window_uses_the_long_factors(models: Models, foreign: Path) ->
     )
 
 
+def test_short_prompts_in_a_large_context_use_the_long_factors(models: Models, tmp_path: Path) -> None:
+    assert finds(models.good, "G33")
+    prompt = [(7 * index * index + 3) % 290 + 2 for index in range(200)]
+    wide = llamacpp.next_token_probabilities(models.good, [prompt], context=512)[0]
+    assert distance(wide, models.probabilities["good short"]) > OTHER
+    long = change(copied(models.good, tmp_path / "long.gguf"), vectors={SHORT: models.scaling.long_factor})
+    assert distance(wide, run(long, "short")) < SAME
+
+
 def test_a_missing_attention_factor_is_one(models: Models, foreign: Path, record: Any) -> None:
     with_factor = record(32, original_max_position_embeddings=256, max_position_embeddings=1024, long_attention_factor=1.4,
                          short_attention_factor=1.4)  # fmt: skip

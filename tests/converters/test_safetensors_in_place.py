@@ -19,7 +19,8 @@ from longrope_export import RopeScaling
 from longrope_export.cli.main import main
 from longrope_export.converters import safetensors_in_place
 from longrope_export.converters.gguf import in_place_room
-from longrope_export.converters.safetensors_in_place import add_safetensors_metadata
+from longrope_export.converters.safetensors import UNDO_KEY
+from longrope_export.converters.safetensors_in_place import add_safetensors_metadata, restore_safetensors
 from longrope_export.errors import InputFileError, OutputError
 from longrope_export.formats.records import SAFETENSORS_KEY, read_scaling
 from longrope_export.formats.safetensors_header import read_safetensors_header
@@ -58,13 +59,25 @@ def test_room_is_inserted_once_and_used_again(shard: Path) -> None:
     assert (shard.stat().st_size, shard.stat().st_ino) == (size, inode)
     assert data(shard) == before
     header = read_safetensors_header(shard)
-    assert dict(header.metadata) == {"format": "pt", "note": "kept", "ä": "\u2028", **LONG}
+    metadata = {key: value for key, value in header.metadata.items() if key != UNDO_KEY}
+    assert metadata == {"format": "pt", "note": "kept", "ä": "\u2028", **LONG}
     assert dict(header.tensors) == tensors
     assert header.header_size % 8 == 0
     with safe_open(shard, "np") as opened:
         assert opened.metadata()["ä"] == "\u2028"
         assert opened.get_tensor("a").tobytes() == before[:14000]
     assert list(shard.parent.iterdir()) == [shard]
+
+
+def test_the_first_original_comes_back(shard: Path) -> None:
+    before = shard.read_bytes()
+    add_safetensors_metadata(shard, LONG)
+    add_safetensors_metadata(shard, {"more": "y" * 9000})
+    assert restore_safetensors(shard, dry_run=True) == "removed"
+    assert restore_safetensors(shard) == "removed"
+    assert shard.read_bytes() == before
+    with pytest.raises(InputFileError, match="carries nothing to undo"):
+        restore_safetensors(shard)
 
 
 def test_spaces_behind_the_header_are_room(shard: Path, record: Record) -> None:
@@ -76,6 +89,8 @@ def test_spaces_behind_the_header_are_room(shard: Path, record: Record) -> None:
     assert add_safetensors_metadata(shard, {SAFETENSORS_KEY: record().to_json()}) == "room"
     assert shard.stat().st_size == size
     assert read_scaling(shard) == record()
+    assert restore_safetensors(shard) == "room"
+    assert shard.read_bytes() == len(roomy).to_bytes(8, "little") + roomy + raw[start:]
 
 
 def test_without_inserting_one_copy_is_made(shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from longrope_export.cli.main import cli
 from longrope_export.converters.doctor.examine import examine
 from longrope_export.converters.doctor.repair import repair
 from longrope_export.converters.gguf.encode import Int32, UInt16
+from longrope_export.converters.gguf.in_place import patch_in_place, unpatch_in_place
+from longrope_export.converters.gguf.in_place_copy import write_original
 from longrope_export.converters.gguf.patch import patch_gguf, plan_patch
 from longrope_export.converters.gguf.rewrite import GgufChanges, rewrite_gguf
 from longrope_export.description import describe
@@ -135,6 +139,38 @@ def test_outputs_need_the_name_of_a_first_shard(first: Path, scaling: RopeScalin
     with pytest.raises(OutputError, match="exists already"):
         patch_gguf(first, tmp_path / "new-00001-of-00003.gguf", scaling)
     assert sorted(path.name for path in tmp_path.glob("new*")) == [taken.name]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux inserts room into files")
+def test_in_place_the_first_shard_changes_alone(whole: Path, first: Path, scaling: RopeScaling, tmp_path: Path) -> None:
+    """Whichever shard is named; llama.cpp runs the result, and `unpatch` brings every byte back."""
+    shards = sorted(tmp_path.glob("m-*.gguf"))
+    before = {path: path.read_bytes() for path in shards}
+    patch_in_place(shards[-1], scaling)
+    assert [path for path in shards if path.read_bytes() != before[path]] == [first]
+    assert read_scaling(first) == read_scaling(shards[-1]) == scaling
+    assert read_gguf(first).get("split.tensors.count") == 32
+    assert [found.rule.name for found in examine(first) if found.severity != "information"] == []
+    patch_gguf(whole, tmp_path / "patched.gguf", scaling)
+    assert np.abs(run(first) - run(tmp_path / "patched.gguf")).max() < 1e-5
+    patched = first.read_bytes()
+    patch_in_place(first, replace(scaling, max_position_embeddings=2048))
+    patch_in_place(first, scaling)
+    assert first.read_bytes() == patched
+    write_original(first, tmp_path / "copy.gguf")
+    assert (tmp_path / "copy.gguf").read_bytes() == before[first]
+    unpatch_in_place(shards[1])
+    assert {path: path.read_bytes() for path in shards} == before
+
+
+def test_in_place_is_refused_where_another_shard_would_have_to_change(
+    whole: Path, tmp_path: Path, scaling: RopeScaling
+) -> None:
+    first = split(whole, tmp_path, extra={STATIC: np.full(16, 1.1)})
+    before = first.read_bytes()
+    with pytest.raises(OutputError, match=r"m-00003-of-00003.gguf holds the tensor rope_freqs.weight.*with --out"):
+        patch_in_place(first, replace(scaling, short_factor=(1.1,) * 16))
+    assert first.read_bytes() == before
 
 
 def test_extend_names_and_patches_all_shards(first: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

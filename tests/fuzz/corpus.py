@@ -7,8 +7,10 @@ The files are kept in the repository, so that a fuzzer can be started on them as
 
 from __future__ import annotations
 
+import base64
 import json
 import struct
+import zlib
 from pathlib import Path
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -44,6 +46,11 @@ def factors(*values: float) -> bytes:
 def safetensors(header: object, data: int = 0) -> bytes:
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(raw)) + raw + bytes(data)
+
+
+def packed(before: str) -> str:
+    """A former header, not compressed, so that every zlib makes the same bytes of it."""
+    return base64.b64encode(zlib.compress(before.encode(), 0)).decode()
 
 
 def gguf_seeds() -> dict[str, bytes]:
@@ -111,6 +118,9 @@ def safetensors_seeds() -> dict[str, bytes]:
         "two": safetensors({"__metadata__": {"format": "pt"}, "a": tensor, "b": half, "c": nothing}, 10),
         "padded": safetensors(json.dumps({"a": tensor}).encode() + b"   ", 8),
         "record": safetensors({"__metadata__": {"longrope_export.scaling": '{"format": "longrope-export/1"}'}}),
+        "undo": safetensors(
+            {"__metadata__": {"longrope_export.undo": packed(json.dumps({"a": tensor}))}, "a": tensor}, 8
+        ),
         "deep": safetensors(b'{"a":' + b"[" * 60 + b"]" * 60 + b"}"),
         "numbers": safetensors(b'{"a":{"dtype":"U8","shape":[1e1,-1,1.5,true,null],"data_offsets":[0,10]}}', 10),
         "escapes": safetensors(b'{"\\u0061\\ud800":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', 1),

@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 
 from longrope_export.converters.gguf.checks import existing_factors
 from longrope_export.converters.gguf.in_place_undo import read_original
+from longrope_export.converters.safetensors_undo import original_header
 from longrope_export.errors import LongRopeError
 from longrope_export.formats.gguf_header import read_gguf_header
 from longrope_export.formats.gguf_scaling import scaling_from_gguf
@@ -61,6 +62,7 @@ def check_safetensors(path: Path) -> None:
     ends = sorted((tensor.start, tensor.end) for tensor in header.tensors.values())
     assert not ends or (ends[0][0], ends[-1][1]) == (0, header.file_size - header.data_start)
     only_our_errors(lambda: scaling_from_metadata(header.metadata))
+    only_our_errors(lambda: original_header(header))
 
 
 CHECKS: dict[str, Callable[[Path], None]] = {"gguf": check_gguf, "safetensors": check_safetensors}

@@ -21,6 +21,7 @@ PERPLEXITIES = {
     "longrope": [10.1, 9.0, 8.0],
 }
 COMMAND = "longrope eval demo --methods unchanged,pi,yarn --scaling longrope.json --to 4x --out results"
+SEARCH_COMMAND = "longrope search ./demo --to 4x --data texts --out factors"
 
 
 def record(**changes: Any) -> RopeScaling:
@@ -110,6 +111,7 @@ def journal(path: Path, strategy: str = "gradient") -> Path:
     losses += [2.1, 2.3]
     header = {
         "model": "m" * 64, "data": "d" * 64, "window": WINDOW, "target": TARGET, "strategy": strategy, "seed": 7,
+        "command": SEARCH_COMMAND,
         "configuration": {"documents": 2, "baselines": ["yarn", "pi"], "budget": "9", "objective": "perplexity"},
         "versions": {"longrope-export": "0.1.0"}, "threads": 1, "dtype": "float32",
     }  # fmt: skip

@@ -14,6 +14,7 @@ from longrope_export.files import check_manifest
 from longrope_export.formats.records import read_scaling
 
 SMALL = {
+    "factor": 4,
     "gradient_budget": 12,
     "gradient_documents": 4,
     "evolution_budget": 8,
@@ -36,22 +37,22 @@ def test_the_table_has_every_row_and_length(result: DemoResult) -> None:
     assert [row.name.split(" (")[0] for row in table.rows] == [
         "unchanged", "PI", "NTK", "YaRN", "Algorithm 1", SEARCHED, SEARCHED_HF,
     ]  # fmt: skip
-    assert table.lengths == (256, 512, 1024, 2048)
+    assert table.lengths == (256, 512, 1024)
     assert len(table.documents) == 3
 
 
 def test_the_extension_works_where_the_model_alone_fails(result: DemoResult) -> None:
     table = result.comparison
-    assert table.perplexity("searched", 2048) < 0.6 * table.perplexity("unchanged", 2048)
-    assert table.perplexity("searched", 2048) < table.perplexity("NTK", 2048)
+    assert table.perplexity("searched", 1024) < 0.6 * table.perplexity("unchanged", 1024)
+    assert table.perplexity("searched", 1024) < table.perplexity("NTK", 1024)
     assert table.short_perplexity("searched") <= 1.01 * table.short_perplexity("unchanged")
     free = next(row.scaling for row in table.rows if row.name == SEARCHED_HF)
     assert free is not None
     assert free.long_attention_factor != free.short_attention_factor == 1.0
     assert result.scaling.long_attention_factor == result.scaling.short_attention_factor == 1.0
     assert result.passkey["unchanged"][256] == 1.0
-    assert result.passkey["unchanged"][2048] == 0.0
-    assert result.passkey["YaRN"][2048] == 1.0
+    assert result.passkey["unchanged"][1024] == 0.0
+    assert result.passkey["YaRN"][1024] == 1.0
 
 
 def test_both_runtimes_apply_what_was_written(result: DemoResult) -> None:
@@ -67,7 +68,7 @@ def test_every_written_file_carries_the_record(result: DemoResult) -> None:
     assert read_scaling(folder) == read_scaling(gguf) == read_scaling(folder / "longrope.json") == result.scaling
     assert {"README.md", "config.json", gguf.name} <= set(check_manifest(folder))
     card = (folder / "README.md").read_text()
-    for name in ("unchanged", "YaRN", "Algorithm 1", "searched", f"llama-server -m {gguf.name} -c 2048"):
+    for name in ("unchanged", "YaRN", "Algorithm 1", "searched", f"llama-server -m {gguf.name} -c 1024"):
         assert name in card
 
 

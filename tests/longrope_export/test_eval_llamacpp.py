@@ -70,6 +70,39 @@ def test_llama_cpp_s_own_perplexity_is_that_of_the_reference_loader(files: tuple
     assert abs(sides["ours"]["short"]["ratio"] - sides["ours"]["long"]["ratio"]) > 10 * TOLERANCE
 
 
+def test_llama_cpp_answers_as_the_reference_loader_does(files: tuple[Path, Path]) -> None:
+    found = {}
+    for runtime in ("llamacpp", "transformers"):
+        options = EvaluateOptions(
+            models=files,
+            lengths=(WINDOW, 400),
+            runtime=runtime,
+            threads=1,
+            tasks=("passkey",),
+            task_options={"trials": 1},
+        )
+        found[runtime] = run_evaluation(options, [describe(path) for path in files]).values
+    theirs, ours = (
+        {
+            (name, trial["length"]): trial
+            for name, row in each["tasks"]["passkey"]["rows"].items()
+            for trial in row["trials"]
+        }
+        for each in found.values()
+    )
+    beyond = ("plain", 400)
+    assert (theirs.pop(beyond)["text"], ours.pop(beyond)["text"] == "") == ("", False)
+    for place, trial in theirs.items():
+        # At the window of a file, and at L, the context ends with the answer: one token fewer.
+        whole = len(trial["text"]) if place[1] == WINDOW else None
+        assert trial == {**ours[place], "text": ours[place]["text"][:whole]}
+    assert theirs["plain", WINDOW]["generated"] is True
+    assert len({trial["text"] for trial in theirs.values()}) == 2
+    said = "llama.cpp's server generates nothing beyond the 256 that the file declares"
+    assert [said in note for note in found["llamacpp"]["notes"]] == [True]
+    assert not any(said in note for note in found["transformers"]["notes"])
+
+
 def test_choices_are_the_argmax_of_the_same_file_in_transformers(
     write_random_gguf: Callable[..., Path], random_llama: Any, tmp_path: Path
 ) -> None:
@@ -90,13 +123,17 @@ def test_choices_are_the_argmax_of_the_same_file_in_transformers(
 def test_the_context_brings_about_the_set(files: tuple[Path, Path]) -> None:
     model = describe(files[1])
     row = ModelRow("longer", model, "unchanged", model.scaling, 400)
-    assert context_for(row, row.factor_set(200), 200) == 200
+    # One more than the length, for the token after an answer, unless the next context has the long factors.
+    assert context_for(row, row.factor_set(200), 200) == 201
+    assert context_for(row, row.factor_set(WINDOW), WINDOW) == WINDOW
     assert context_for(row, row.factor_set(200, "long"), 200) == WINDOW + 1
-    assert context_for(row, row.factor_set(400), 400) == 400
+    assert context_for(row, row.factor_set(512), 512) == 513
     with pytest.raises(ScalingError, match="applies the long factors of longer in a context of 512"):
         context_for(row, row.factor_set(257, "short"), 257)
     decided = ModelRow("longer", model, "unchanged", model.scaling, 400, "context", 300)
-    assert context_for(decided, decided.factor_set(200), 200) == 300
+    assert context_for(decided, decided.factor_set(200), 200) == 301
+    plain = ModelRow("plain", describe(files[0]), "unchanged", None, 400)
+    assert context_for(plain, plain.factor_set(WINDOW), WINDOW) == WINDOW + 1
 
 
 @pytest.mark.parametrize(

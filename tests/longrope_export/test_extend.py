@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -119,11 +120,15 @@ def test_llama3_scaling_is_composed_and_its_tensor_goes(tmp_path: Path) -> None:
 def test_folder_output_has_record_card_and_manifest(smollm2: Path, tmp_path: Path) -> None:
     target = tmp_path / "longer"
     run(smollm2, "--to", "32k", "--method", "ntk", "--out", target)
-    assert set(check_manifest(target)) == {"README.md", "longrope.json", "SmolLM2-135M-Instruct.Q4_1-32k.gguf"}
-    assert read_scaling(target / "longrope.json") == read_scaling(target / "SmolLM2-135M-Instruct.Q4_1-32k.gguf")
+    gguf = "SmolLM2-135M-Instruct.Q4_1-32k.gguf"
+    assert set(check_manifest(target)) == {"README.md", "factors.png", "longrope.json", gguf}
+    assert read_scaling(target / "longrope.json") == read_scaling(target / gguf)
     card = (target / "README.md").read_text()
     assert "extended to 32,768" in card
-    assert "llama-server -m SmolLM2-135M-Instruct.Q4_1-32k.gguf -c 32768" in card
+    assert f"llama-server -m {gguf} -c 32768" in card
+    # Nothing was measured: the figure is that of the factors.
+    assert "Before and after" not in card
+    assert re.search(r"!\[Rescale factors by .* ntk from 1 to 4\. .*\]\(factors\.png\)", card)
 
 
 def test_hf_folder_output(tiny_llama: Path, tmp_path: Path) -> None:

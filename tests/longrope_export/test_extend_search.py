@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -30,11 +33,17 @@ def run(*arguments: object) -> Result:
 SEARCH = ("--budget", "24", "--documents", "2", "--seed", "1")
 
 
-def test_a_folder_becomes_a_proven_folder_and_gguf(texts: Path, tmp_path: Path) -> None:
-    target = tmp_path / "longer"
+@pytest.fixture(scope="module")
+def extended(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """What was written, and what was printed."""
+    target = tmp_path_factory.mktemp("extended") / "longer"
     result = run(demo_model_path(), "--to", "2x", "--data", texts, "--out", target, *SEARCH, "--json")
     assert result.exit_code == 0, result.stderr
-    values = json.loads(result.stdout)
+    return target, json.loads(result.stdout)
+
+
+def test_a_folder_becomes_a_proven_folder_and_gguf(extended: tuple[Path, Any]) -> None:
+    target, values = extended
     assert values["verdict"] == "pass"
     assert values["table"][0] == ["factors", "search texts", "validation texts"]
     scaling = read_scaling(target)
@@ -43,15 +52,26 @@ def test_a_folder_becomes_a_proven_folder_and_gguf(texts: Path, tmp_path: Path) 
     assert scaling.provenance["seed"] == 1
     assert scaling.long_start_tokens == 0  # a GGUF comes out of the same record
     assert scaling.long_attention_factor == scaling.short_attention_factor == 1.0
-    assert "journal.jsonl" in check_manifest(target)
-    assert not (tmp_path / "longer.search").exists()
-    assert "validation texts" in (target / "README.md").read_text()
+    assert {"journal.jsonl", "search.png"} <= set(check_manifest(target))
+    assert not target.with_name("longer.search").exists()
+    card = (target / "README.md").read_text()
+    assert "| factors | search texts | validation texts |" in card
+    ((shown, file),) = re.findall(r"!\[(.*)\]\((.*)\)", card)
+    assert file == "search.png"
+    # The closed forms' losses of the figure are those of the table.
+    rows = {row[0]: row[2] for row in values["table"][1:]}
+    forms = dict(re.findall(r"([\w-]+) (\d\.\d{4})", shown.partition("Closed forms: ")[2]))
+    assert len(forms) >= 2
+    assert {name: f"{math.exp(float(loss)):.2f}" for name, loss in forms.items()} == {
+        name: f"{float(rows[name]):.2f}" for name in forms
+    }
 
 
-def test_a_stopped_search_is_continued_and_the_output_is_the_same(texts: Path, tmp_path: Path) -> None:
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
+def test_a_stopped_search_is_continued_and_the_output_is_the_same(
+    texts: Path, extended: tuple[Path, Any], tmp_path: Path
+) -> None:
+    whole, broken = extended[0], tmp_path / "broken"
     arguments = ("--to", "2x", "--data", texts, *SEARCH, "--no-verify", "--no-gguf", "--for", "gguf")
-    assert run(demo_model_path(), *arguments, "--out", whole).exit_code == 0
     journal = (whole / "journal.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "broken.search").mkdir()
     (tmp_path / "broken.search" / "journal.jsonl").write_text("".join(journal[: len(journal) // 2]))

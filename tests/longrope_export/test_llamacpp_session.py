@@ -35,6 +35,12 @@ def test_answers_are_those_of_a_fresh_llamacpp_whatever_came_before(gguf: Path) 
         os.kill(pid, 0)
 
 
+def test_an_answer_ends_where_the_context_is_full(gguf: Path) -> None:
+    with Session(gguf, context=256) as session:
+        found = [len(session.generate([300, *[65] * 249], count, ignore_eos=True)) for count in (5, 6, 7)]
+    assert found == [5, 6, 6]
+
+
 def test_the_end_token_ends_an_answer_unless_it_is_ignored(
     write_random_gguf: Callable[..., Path], gguf: Path, tmp_path: Path
 ) -> None:

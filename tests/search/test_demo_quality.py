@@ -23,7 +23,7 @@ def _rows(split: Split, tokenizer: Any, length: int, count: int) -> list[Any]:
     return [row.token_ids for row in rows_from_texts(texts, tokenizer, length, count)]
 
 
-def test_fifteen_evaluations_of_gradient_beat_yarn_on_unseen_text_at_4x() -> None:
+def test_fifteen_evaluations_of_gradient_beat_yarn_on_unseen_text_at_2x() -> None:
     import torch
 
     from longrope_export.loader import load
@@ -31,7 +31,7 @@ def test_fifteen_evaluations_of_gradient_beat_yarn_on_unseen_text_at_4x() -> Non
     from longrope_export.search.objective import ModelObjective
 
     torch.set_num_threads(1)
-    numbers = numbers_of(describe(DEMO), "4x")
+    numbers = numbers_of(describe(DEMO), "2x")
     tokenizer, model = load_tokenizer(DEMO), load(DEMO, dtype=torch.float32)
     rows = _rows("search", tokenizer, numbers.target, 12) + _rows("validation", tokenizer, numbers.target, 2)
     config = SearchConfig(

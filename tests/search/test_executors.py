@@ -240,10 +240,12 @@ class _LosesOne(RayWorkers):
 
     pids: ClassVar[list[int]] = []
     options: ClassVar[dict[str, Any]] = {}
+    workers: ClassVar[list[int]] = []
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self.options.update(options)
         super().__init__(*arguments, **options)
+        self.workers.append(len(self._actors))
 
     def run(self, trials: Sequence[Trial]) -> Iterator[tuple[int, Outcome]]:
         for found in super().run(trials):
@@ -277,6 +279,7 @@ def test_the_command_on_ray_ends_in_the_same_bytes_though_a_worker_is_killed(
     assert not _alive(killed)
     assert killed != after
     assert _LosesOne.options == {"gpus": True}
+    assert _LosesOne.workers == [2]
     assert (tmp_path / "ray" / "longrope.json").read_bytes() == (tmp_path / "local" / "longrope.json").read_bytes()
 
 

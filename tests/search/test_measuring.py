@@ -38,25 +38,19 @@ def expected(tiny_folder: Path, text: Path, tmp_path_factory: pytest.TempPathFac
     return (out / "longrope.json").read_bytes()
 
 
-def test_several_processes_write_the_same_bytes_gradients_too(
+def test_several_processes_write_the_same_bytes_and_another_executor_goes_on(
     tiny_folder: Path, text: Path, tmp_path: Path, expected: bytes
 ) -> None:
     out = tmp_path / "out"
+    record, journal = out / "longrope.json", out / "journal.jsonl"
     run_search(_config(tiny_folder, text, out, budget="12", executor="processes"))
-    assert (out / "longrope.json").read_bytes() == expected
-    lines = [json.loads(line) for line in (out / "journal.jsonl").read_text().splitlines()[1:]]
-    assert any("gradient" in line for line in lines)
-
-
-def test_a_search_goes_on_with_another_executor(tiny_folder: Path, text: Path, tmp_path: Path, expected: bytes) -> None:
-    out = tmp_path / "out"
-    run_search(_config(tiny_folder, text, out, budget="12", executor="processes", workers=1))
-    (out / "longrope.json").unlink()
-    journal = out / "journal.jsonl"
+    assert record.read_bytes() == expected
     lines = journal.read_bytes().splitlines(keepends=True)
+    assert any("gradient" in json.loads(line) for line in lines[1:])
+    record.unlink()
     journal.write_bytes(b"".join(lines[: len(lines) // 2]))
     run_search(_config(tiny_folder, text, out, budget="12"))
-    assert (out / "longrope.json").read_bytes() == expected
+    assert record.read_bytes() == expected
 
 
 @pytest.fixture(scope="module")

@@ -248,8 +248,27 @@ START_TOKENS = _test(
     search={4: -0.1}, validation={4: 0.1}, present=0, taken=0,
 )  # fmt: skip
 DISJOINT_ROWS = _test("test_search_factors", "test_search_and_validation_rows_are_disjoint_and_the_short_pieces_too")
-REPLAY = _test("test_search_factors", "test_a_finished_journal_is_replayed_without_measuring", options=SMALL)
-RESUME = _test("test_search_factors", "test_a_journal_cut_anywhere_ends_in_the_same_record", options=SMALL)
+
+
+def _finished(name: str) -> Check:
+    """A test of `test_search_factors` that begins with a finished search, which the same mutant has broken."""
+
+    def check(tiny: Any, _: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> object:
+        module, path = _loaded("test_search_factors"), tmp_path / "first.jsonl"
+        module.NAMED["small"] = SMALL
+        done = module._run(tiny, path, **SMALL), path.read_bytes()
+        given = {
+            "tiny": tiny, "tmp_path": tmp_path, "monkeypatch": monkeypatch, "name": "small",
+            "done": lambda name: done, "journal": lambda name: path,
+        }  # fmt: skip
+        test = getattr(module, name)
+        return test(**{each: given[each] for each in inspect.signature(test).parameters})
+
+    return check
+
+
+REPLAY = _finished("test_a_finished_journal_is_replayed_without_measuring")
+RESUME = _finished("test_a_journal_cut_anywhere_ends_in_the_same_record")
 RACE = _test("test_racing", "test_the_best_that_will_be_kept_stay", keep=2, dropped=2)
 OPTIMUM = _test("test_strategies", "test_the_descent_reaches_the_optimum_and_learns_the_attention_factor")
 NEEDLE = _test("test_mixture", "test_a_needle_is_answered_at_the_end_and_only_the_answer_counts")

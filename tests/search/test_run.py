@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -71,11 +72,18 @@ def _stop_after_lines(command: list[str], journal: Path, lines: int, stop: int) 
 
 
 def _check_stops(
-    tiny_folder: Path, text: Path, folder: Path, options: list[str], stops: list[tuple[float, int]]
+    tiny_folder: Path,
+    text: Path,
+    folder: Path,
+    options: list[str],
+    stops: list[tuple[float, int]],
+    whole: Path | None = None,
 ) -> None:
-    """Stop one search at each share of its journal's lines, finish it, and compare with one that was never stopped."""
-    whole, stopped = folder / "whole", folder / "stopped"
-    assert _run(_arguments(tiny_folder, text, whole, *options)).exit_code == 0
+    """Stop one search at each share of its journal's lines, finish it, and compare with `whole`, never stopped."""
+    stopped = folder / "stopped"
+    if whole is None:
+        whole = folder / "whole"
+        assert _run(_arguments(tiny_folder, text, whole, *options)).exit_code == 0
     journal, expected = stopped / "journal.jsonl", (whole / "journal.jsonl").read_bytes()
     arguments = _arguments(tiny_folder, text, stopped, *options)
     kept = b""
@@ -110,9 +118,10 @@ def _asked(journal: bytes) -> list[Any]:
     "options", [GRADIENT, pytest.param(EVOLUTION, marks=pytest.mark.slow)], ids=["gradient", "evolution"]
 )
 def test_killed_and_interrupted_it_ends_in_the_same_bytes(
-    tiny_folder: Path, text: Path, tmp_path: Path, options: list[str]
+    finished: tuple[Path, str], tiny_folder: Path, text: Path, tmp_path: Path, options: list[str]
 ) -> None:
-    _check_stops(tiny_folder, text, tmp_path, options, [(0.3, signal.SIGKILL), (0.7, signal.SIGINT)])
+    whole = finished[0] if options is GRADIENT else None
+    _check_stops(tiny_folder, text, tmp_path, options, [(0.3, signal.SIGKILL), (0.7, signal.SIGINT)], whole)
 
 
 @pytest.mark.slow
@@ -141,6 +150,8 @@ def test_json_is_the_record_that_was_written(finished: tuple[Path, str]) -> None
     assert RopeScaling.from_dict(value["scaling"]) == written
     assert sorted(path.name for path in out.iterdir()) == ["journal.jsonl", "longrope.json"]
     assert written.max_position_embeddings == 128
+    header = json.loads((out / "journal.jsonl").read_text().splitlines()[0])
+    assert header["command"] == shlex.join(["longrope", *sys.argv[1:]])  # this process' own, here
 
 
 def test_progress_goes_to_stderr_and_the_result_to_stdout(tiny_folder: Path, text: Path, tmp_path: Path) -> None:
@@ -172,7 +183,8 @@ def test_another_search_in_the_same_folder_is_refused(
 
 
 def _config(folder: Path, text: Path, out: Path, **options: Any) -> SearchConfig:
-    return SearchConfig(**{"model": folder, "target": "4x", "data": (text,), "out": out, "budget": "30", **options})
+    few = {"budget": "30", "documents": 2, "validation_documents": 2}
+    return SearchConfig(**{"model": folder, "target": "4x", "data": (text,), "out": out, **few, **options})
 
 
 def _edited(folder: Path, target: Path, change: Callable[[dict[str, Any]], None]) -> Path:
@@ -234,20 +246,18 @@ def test_a_folder_that_belongs_to_something_else_is_refused(tiny_folder: Path, t
         run_search(_config(tiny_folder, text, text))
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [("auto", "float32"), ("bfloat16", "bfloat16"), ("float32", "float32")])
-def test_the_dtype(tiny_folder: Path, text: Path, tmp_path: Path, dtype: str, expected: str) -> None:
-    result = run_search(
-        _config(tiny_folder, text, tmp_path / "out", dtype=dtype, threads=1, budget="8", short="original")
-    )
-    assert result.scaling.provenance["dtype"] == expected
-
-
-def test_the_thread_count(tiny_folder: Path, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "expected", "threads"), [("auto", "float32", 2), ("bfloat16", "bfloat16", 1), ("float32", "float32", 1)]
+)
+def test_the_dtype_and_the_thread_count(
+    tiny_folder: Path, text: Path, tmp_path: Path, dtype: str, expected: str, threads: int
+) -> None:
     import torch
 
     before = torch.get_num_threads()
-    result = run_search(_config(tiny_folder, text, tmp_path / "out", threads=2, budget="8", short="original"))
-    assert result.scaling.provenance["threads"] == 2
+    options: dict[str, Any] = {"dtype": dtype, "threads": threads, "budget": "8", "short": "original"}
+    provenance = run_search(_config(tiny_folder, text, tmp_path / "out", **options)).scaling.provenance
+    assert (provenance["dtype"], provenance["threads"]) == (expected, threads)
     assert torch.get_num_threads() == before
 
 

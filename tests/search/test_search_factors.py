@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +41,9 @@ EVOLUTION: dict[str, Any] = {
 }  # fmt: skip
 CMAES: dict[str, Any] = {"strategy": "cmaes", "budget": "48", "documents": 3, "validation_documents": 2}
 CRITICAL: dict[str, Any] = {**GRADIENT, "strategy": "critical-dim", "critical_indices": (1, 3)}
-ALL = pytest.mark.parametrize(
-    "options", [GRADIENT, EVOLUTION, CMAES, CRITICAL], ids=["gradient", "evolution", "cmaes", "critical-dim"]
-)
+NAMED = {"gradient": GRADIENT, "evolution": EVOLUTION, "cmaes": CMAES, "critical-dim": CRITICAL}
+ALL = pytest.mark.parametrize("name", NAMED)
+Done = Callable[[str], tuple[SearchResult, bytes]]
 
 
 def _run(tiny: Any, journal: Path | None = None, kind: str = "hf", **options: Any) -> SearchResult:
@@ -52,43 +54,64 @@ def _trials(path: Path) -> list[Any]:
     return [json.loads(line)["of"] for line in path.read_text().splitlines()[1:]]
 
 
+@pytest.fixture(scope="module")
+def done(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """Result and journal of a search of `NAMED`, which is run once for all tests."""
+    folder = tmp_path_factory.mktemp("done")
+
+    @cache
+    def search(name: str) -> tuple[SearchResult, bytes]:
+        path = folder / f"{name}.jsonl"
+        return _run(tiny, path, **NAMED[name]), path.read_bytes()
+
+    return search
+
+
+@pytest.fixture
+def journal(tmp_path: Path, done: Done) -> Callable[[str], Path]:
+    """A copy of the journal of a search of `NAMED`."""
+
+    def copy(name: str) -> Path:
+        path = tmp_path / f"copied-{name}.jsonl"
+        path.write_bytes(done(name)[1])
+        return path
+
+    return copy
+
+
 @ALL
-def test_a_search_is_deterministic_and_its_seed_matters(tiny: Any, tmp_path: Path, options: dict[str, Any]) -> None:
-    results = [
-        _run(tiny, tmp_path / f"{name}.jsonl", **options, seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))
-    ]
-    assert results[0].to_dict() == results[1].to_dict()
-    assert results[0].history != results[2].history
-    assert _trials(tmp_path / "a.jsonl") == _trials(tmp_path / "b.jsonl") != _trials(tmp_path / "c.jsonl")
+def test_a_search_is_deterministic_and_its_seed_matters(
+    tiny: Any, tmp_path: Path, done: Done, journal: Callable[[str], Path], name: str
+) -> None:
+    first, again, other = journal(name), tmp_path / "again.jsonl", tmp_path / "other.jsonl"
+    assert _run(tiny, again, **NAMED[name], seed=0).to_dict() == done(name)[0].to_dict()
+    assert _run(tiny, other, **NAMED[name], seed=1).history != done(name)[0].history
+    assert _trials(first) == _trials(again) != _trials(other)
 
 
 @ALL
 def test_a_finished_journal_is_replayed_without_measuring(
-    tiny: Any, tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tiny: Any, done: Done, journal: Callable[[str], Path], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "journal.jsonl"
-    first = _run(tiny, path, **options)
-    size = path.stat().st_size
+    path = journal(name)
     monkeypatch.setattr(ModelObjective, "measure", lambda self, trial: pytest.fail("measured again"))
-    assert _run(tiny, path, **options).scaling.to_json() == first.scaling.to_json()
-    assert path.stat().st_size == size
+    assert _run(tiny, path, **NAMED[name]).scaling.to_json() == done(name)[0].scaling.to_json()
+    assert path.read_bytes() == done(name)[1]
 
 
 @ALL
-def test_a_journal_cut_anywhere_ends_in_the_same_record(tiny: Any, tmp_path: Path, options: dict[str, Any]) -> None:
-    path = tmp_path / "journal.jsonl"
-    first = _run(tiny, path, **options)
-    data = path.read_bytes()
-    for share in (0.02, 0.2, 0.4, 0.6, 0.8, 0.97):
+def test_a_journal_cut_anywhere_ends_in_the_same_record(tiny: Any, tmp_path: Path, done: Done, name: str) -> None:
+    path, (first, data) = tmp_path / "journal.jsonl", done(name)
+    for share in (0.02, 0.4, 0.7, 0.97):
         path.write_bytes(data[: int(len(data) * share)])
-        assert _run(tiny, path, **options).scaling.to_json() == first.scaling.to_json()
+        assert _run(tiny, path, **NAMED[name]).scaling.to_json() == first.scaling.to_json()
         assert [json.loads(line)["of"] for line in data.splitlines()[1:]] == _trials(path)
 
 
 @ALL
-def test_the_budget_is_kept_and_stated(tiny: Any, options: dict[str, Any]) -> None:
-    result = _run(tiny, **options)
-    budget = float(options["budget"])
+def test_the_budget_is_kept_and_stated(done: Done, name: str) -> None:
+    result, _ = done(name)
+    budget = float(NAMED[name]["budget"])
     assert 0.7 * budget < result.evaluations <= budget
     assert result.scaling.provenance["evaluations"] == result.evaluations
     assert result.validation_evaluations > 0
@@ -124,8 +147,8 @@ def test_a_closed_form_wins_where_the_search_finds_nothing_better(tiny: Any) -> 
     assert result.scaling.long_factor == expected.long_factor
 
 
-def test_the_record_says_where_it_comes_from(tiny: Any) -> None:
-    result = _run(tiny, **GRADIENT)
+def test_the_record_says_where_it_comes_from(done: Done) -> None:
+    result, _ = done("gradient")
     scaling = result.scaling
     assert (scaling.original_max_position_embeddings, scaling.max_position_embeddings) == (32, 128)
     wanted = {"strategy", "seed", "evaluations", "search_perplexity", "validation_perplexity", "data", "model"}
@@ -201,21 +224,13 @@ def test_a_gguf_has_the_attention_factor_that_was_asked_for_in_both_regimes(tiny
     assert _run(tiny, **{**unasked, "start_tokens": None}, runtime="gguf").scaling.long_attention_factor == 1.0
 
 
-@pytest.fixture(scope="module")
-def plain_trials(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    folder = tmp_path_factory.mktemp("plain")
-    for name, options in (("gradient", GRADIENT), ("evolution", EVOLUTION)):
-        _run(tiny, folder / f"{name}.jsonl", **options)
-    return {name: _trials(folder / f"{name}.jsonl") for name in ("gradient", "evolution")}
-
-
 @pytest.mark.parametrize(("base", "change"), CHANGES, ids=[str(change)[:60] for _, change in CHANGES])
 def test_every_option_changes_what_is_measured(
-    tiny: Any, tmp_path: Path, plain_trials: dict[str, list[Any]], base: dict[str, Any], change: dict[str, Any]
+    tiny: Any, tmp_path: Path, journal: Callable[[str], Path], base: dict[str, Any], change: dict[str, Any]
 ) -> None:
     path = tmp_path / "journal.jsonl"
     _run(tiny, path, **{**base, **change})
-    assert _trials(path) != plain_trials[base.get("strategy", "gradient")]
+    assert _trials(path) != _trials(journal(base.get("strategy", "gradient")))
     # Continuing the changed search with the unchanged options is refused, by the name of what differs.
     with pytest.raises(StaleStateError, match="belongs to another search: "):
         _run(tiny, path, **base)
@@ -265,9 +280,8 @@ def test_a_time_budget_s_plan_is_kept_by_the_journal(tiny: Any, tmp_path: Path) 
     assert _run(tiny, path, **options).scaling.to_json() == first.scaling.to_json()
 
 
-def test_the_thread_count_is_part_of_the_journal(tiny: Any, tmp_path: Path) -> None:
-    path = tmp_path / "journal.jsonl"
-    _run(tiny, path, **GRADIENT)
+def test_the_thread_count_is_part_of_the_journal(tiny: Any, journal: Callable[[str], Path]) -> None:
+    path = journal("gradient")
     torch.set_num_threads(2)
     try:
         with pytest.raises(StaleStateError, match=": threads is 1 there and 2 now"):
@@ -276,22 +290,28 @@ def test_the_thread_count_is_part_of_the_journal(tiny: Any, tmp_path: Path) -> N
         torch.set_num_threads(1)
 
 
-def test_options_of_the_other_strategies_change_what_is_measured(tiny: Any, tmp_path: Path) -> None:
-    changes: list[tuple[dict[str, Any], dict[str, Any]]] = [
-        (CMAES, {"cmaes": CmaOptions(sigma=0.1)}),
-        (CMAES, {"race": False}),
-        (CRITICAL, {"critical_indices": (2, 3)}),
-        (CRITICAL, {"optimiser": "cmaes", "budget": "90"}),
-        ({**GRADIENT, "sets": ("2x",)}, {"sets_share": 0.3}),
-        ({**GRADIENT, "objective": "last"}, {"last_share": 0.5}),
-    ]
-    for number, (base, change) in enumerate(changes):
-        first, second = tmp_path / f"{number}a.jsonl", tmp_path / f"{number}b.jsonl"
+OTHER_CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("cmaes", {}, {"cmaes": CmaOptions(sigma=0.1)}),
+    ("cmaes", {}, {"race": False}),
+    ("critical-dim", {}, {"critical_indices": (2, 3)}),
+    ("critical-dim", {}, {"optimiser": "cmaes", "budget": "90"}),
+    ("gradient", {"sets": ("2x",)}, {"sets_share": 0.3}),
+    ("gradient", {"objective": "last"}, {"last_share": 0.5}),
+]
+
+
+@pytest.mark.parametrize(("name", "more", "change"), OTHER_CHANGES, ids=[str(each[2])[:60] for each in OTHER_CHANGES])
+def test_options_of_the_other_strategies_change_what_is_measured(
+    tiny: Any, tmp_path: Path, journal: Callable[[str], Path], name: str, more: dict[str, Any], change: dict[str, Any]
+) -> None:
+    base = {**NAMED[name], **more}
+    first, second = tmp_path / "first.jsonl" if more else journal(name), tmp_path / "second.jsonl"
+    if more:
         _run(tiny, first, **base)
-        _run(tiny, second, **{**base, **change})
-        assert _losses(first) != _losses(second), change
-        with pytest.raises(StaleStateError, match=r": configuration\."):
-            _run(tiny, first, **{**base, **change})
+    _run(tiny, second, **{**base, **change})
+    assert _losses(first) != _losses(second)
+    with pytest.raises(StaleStateError, match=r": configuration\."):
+        _run(tiny, first, **{**base, **change})
 
 
 def _losses(path: Path) -> list[Any]:
@@ -307,8 +327,8 @@ def test_sets_are_in_the_record_and_must_lie_in_between(tiny: Any) -> None:
             _run(tiny, **GRADIENT, sets=(length,))
 
 
-def test_report_documents_choose_nothing(tiny: Any) -> None:
-    plain, reported = _run(tiny, **GRADIENT), _run(tiny, **GRADIENT, report_documents=2)
+def test_report_documents_choose_nothing(tiny: Any, done: Done) -> None:
+    plain, reported = done("gradient")[0], _run(tiny, **GRADIENT, report_documents=2)
     assert reported.scaling.long_factor == plain.scaling.long_factor
     assert not plain.report_perplexity
     objective = ModelObjective(tiny.model, tiny.numbers, {"report": tiny.rows[4:6]})
@@ -325,9 +345,8 @@ def test_init_of_another_base_is_refused(tiny: Any, tmp_path: Path) -> None:
         _run(tiny, **GRADIENT, init=record)
 
 
-def test_other_data_and_another_model_are_refused_by_name(tiny: Any, tmp_path: Path) -> None:
-    path = tmp_path / "journal.jsonl"
-    _run(tiny, path, **GRADIENT)
+def test_other_data_and_another_model_are_refused_by_name(tiny: Any, journal: Callable[[str], Path]) -> None:
+    path = journal("gradient")
     with pytest.raises(StaleStateError, match=": data is "):
         search_factors(tiny.model, tiny.numbers, tiny.rows[1:], SearchConfig(**GRADIENT), path)
     weight = tiny.model.lm_head.weight

@@ -35,10 +35,10 @@ def _record(**changes: object) -> RopeScaling:
     return RopeScaling(**{**values, **changes})  # type: ignore[arg-type]
 
 
-@pytest.fixture
-def tuned(tiny_folder: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def tuned(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model, extended once from 32 to 64 tokens."""
-    return _with(tiny_folder, tmp_path / "tuned", _record())
+    return _with(tiny_folder, tmp_path_factory.mktemp("tuned") / "tuned", _record())
 
 
 def _with(source: Path, folder: Path, record: RopeScaling) -> Path:
@@ -136,9 +136,17 @@ def test_start_tokens_of_the_first_search_stay_candidates(tiny_folder: Path, tex
     assert not (tmp_path / "out" / "longrope.json").exists()
 
 
-def test_keep_long_searches_the_short_set_alone(tuned: Path, text: Path, tmp_path: Path) -> None:
-    first = _search(tuned, text, tmp_path / "first", short="original", start_tokens=(0,))
-    init = tmp_path / "first" / "longrope.json"
+@pytest.fixture(scope="module")
+def long_set(tuned: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RopeScaling, Path]:
+    """A search of the long set alone, and its file."""
+    out = tmp_path_factory.mktemp("long") / "out"
+    return _search(tuned, text, out, short="original", start_tokens=(0,)), out / "longrope.json"
+
+
+def test_keep_long_searches_the_short_set_alone(
+    tuned: Path, text: Path, tmp_path: Path, long_set: tuple[RopeScaling, Path]
+) -> None:
+    first, init = long_set
     margin = {"short_margin": 0.0, "short": "search", "sets": ("128",)}
     again = _search(tuned, text, tmp_path / "again", init=init, keep_long=True, budget="20", **margin)
     assert (again.long_factor, again.long_attention_factor) == (first.long_factor, first.long_attention_factor)
@@ -152,11 +160,10 @@ def test_keep_long_searches_the_short_set_alone(tuned: Path, text: Path, tmp_pat
 
 @pytest.mark.parametrize("strategy", ["gradient", "evolution"])
 def test_short_sets_keep_to_bounds_around_the_short_factors(
-    tuned: Path, text: Path, tmp_path: Path, strategy: str
+    tuned: Path, text: Path, tmp_path: Path, long_set: tuple[RopeScaling, Path], strategy: str
 ) -> None:
     """Relative to the long factors they would all be out of the paper's bounds, and pushed up to them."""
-    _search(tuned, text, tmp_path / "first", short="original", start_tokens=(0,))
-    options = {"init": tmp_path / "first" / "longrope.json", "keep_long": True, "short": "search", "sets": ("48",)}
+    options = {"init": long_set[1], "keep_long": True, "short": "search", "sets": ("48",)}
     if strategy == "gradient":
         options["gradient"] = GradientOptions(constraint="paper")
     _search(tuned, text, tmp_path / "out", strategy=strategy, short_bound=1.5, budget="80", **options)

@@ -104,7 +104,7 @@ def contains(whole: list[int], part: list[int]) -> bool:
 def test_repetition_counts_only_what_can_be_known(material: Material) -> None:
     """Random tokens count nothing at first and everything when they come again."""
     text, known, unknown = material.text.tolist(), 0, 0
-    for seed in range(40):
+    for seed in range(15):
         seen: list[int] = []
         for ids, weight in repetition(np.random.default_rng(seed), material, WINDOW):
             if len(ids) > 2 and not contains(text, ids):

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from report_inputs import COMMAND, METHODS, evaluation
+from report_inputs import COMMAND, METHODS, SEARCH_COMMAND, evaluation
 
 from longrope_export.report.page import report_page
 from longrope_export.report.sources import find_sources
@@ -98,7 +98,7 @@ def test_the_numbers_stand_in_the_tables(page: str) -> None:
 
 
 def test_the_page_says_how_it_was_made(tree: Tree, page: str) -> None:
-    assert tree.texts["pre"] == [COMMAND]
+    assert tree.texts["pre"] == [f"{SEARCH_COMMAND}\n{COMMAND}"]
     pairs = dict(zip(tree.texts["dt"], tree.texts["dd"]))
     assert pairs["torch"] == "2.13.0"
     assert "seed" in pairs

@@ -107,6 +107,8 @@ def test_looks_differ_in_grey_too() -> None:
     assert len({(each.marker, each.dashes) for each in looks}) == 12
     assert LOOK == {"unchanged": 0, "longrope": style.OWN, "pi": 1, "yarn": 2}
     assert len(set(style.looks([f"m{index}" for index in range(30)], ["m3"]).values())) == 31
+    many = style.looks(["unchanged", *map(str, range(20))], own=["3"])
+    assert [name for name, number in many.items() if style.line(number).colour == "#000000"] == ["unchanged"]
 
 
 @pytest.mark.parametrize(

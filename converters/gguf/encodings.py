@@ -44,6 +44,9 @@ DTYPES: Mapping[str, Dtype] = MappingProxyType(
         "tq1_0": Dtype("TQ1_0", 36, "F16"),
     }
 )
+_Q8_0_VALUES = 32
+# Added before the fraction is cut off, it rounds halves away from 0; 0.5 itself would take 0.49999997 up to 1.
+_NEARLY_HALF = np.nextafter(np.float32(0.5), np.float32(0))
 _ENDS = ("token_embd.weight", "output.weight")
 # Exponent of float16's least normal number and the number of its exponents, in bfloat16's bits.
 _LEAST_NORMAL, _NORMALS = 113 << 7, 30 << 7
@@ -99,11 +102,31 @@ def widened(rows: Rows, stored: str) -> npt.NDArray[np.float32]:
 def _quantised(values: npt.NDArray[np.float32], kind: str) -> Rows:
     if kind == "F32":
         return values
+    if kind == "Q8_0":
+        return _eight_bits(values)
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import quantize
 
     found: Rows = quantize(values, GGMLQuantizationType[kind])
     return found
+
+
+def _eight_bits(values: npt.NDArray[np.float32]) -> Rows:
+    """Q8_0 with the bits of ggml's reference (and gguf-py's, in half of the time)."""
+    blocks = values.reshape(-1, _Q8_0_VALUES)
+    work = np.abs(blocks)
+    peak = work
+    while (half := peak.shape[1] // 2) > 0:  # twice as fast as `max` over rows of 32
+        peak = np.maximum(peak[:, :half], peak[:, half:])
+    scale = peak / np.float32(127)
+    with np.errstate(over="ignore", invalid="ignore"):
+        inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
+        np.multiply(blocks, inverse, out=work)
+        work += np.copysign(_NEARLY_HALF, work)
+        found = np.empty((len(blocks), 2 + _Q8_0_VALUES), dtype=np.uint8)
+        found[:, :2] = scale.astype(np.float16).view(np.uint8)
+        np.copyto(found[:, 2:].view(np.int8), work, casting="unsafe")  # cuts the fraction off
+    return found.reshape(*values.shape[:-1], -1)
 
 
 def _halves(rows: Rows) -> Rows:

@@ -49,6 +49,10 @@ def test_quantised_rows_are_gguf_s_own(dtype: str, stored: str) -> None:
     from gguf.quants import quantize
 
     values = np.random.default_rng(0).standard_normal((6, 512)).astype(np.float32)
+    values[0, :64] = 0
+    values[1] = np.arange(512) % 64 / 2 - 15.5  # halves: the numbers between two
+    values[1, ::32] = 127
+    values[2] *= 1e-4
     raw = {"F32": values, "F16": values.astype(np.float16), "BF16": (values.view(np.uint32) >> 16).astype(np.uint16)}
     kind = DTYPES[dtype].matrices
     found = encode(raw[stored], stored, kind, "t")

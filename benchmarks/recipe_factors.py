@@ -122,7 +122,7 @@ def page(found: dict[str, list[Result]]) -> str:
         ]
     if searched:
         lines += ["", "## The second eightfold", "", *_second(searched)]
-        lines += ["", *_cost(searched)]
+        lines += ["", *_wins(searched), *_cost(searched)]
     return "\n".join(lines) + "\n"
 
 
@@ -156,6 +156,20 @@ def _second(runs: Sequence[Result]) -> list[str]:
         short = _spread(runs, lambda run, name=name: _stage(run, last["stage"])["short"][name])  # type: ignore[misc]
         lines.append(f"| {name} | {short} | " + " | ".join(cells) + " |")
     return lines
+
+
+def _wins(runs: Sequence[Result]) -> list[str]:
+    *forms, own = (stage := runs[0]["stages"][-1])["perplexity"]
+    length = str(stage["lengths"][-1])
+    lower = {
+        form: sum(_at(run, stage["stage"], own, length) < _at(run, stage["stage"], form, length) for run in runs)
+        for form in forms
+    }
+    found = ", ".join(f"than {form} in {count}" for form, count in lower.items())
+    return [
+        f"At {int(length):,} tokens lower {found} of {len(runs)} seeds (a search that finds nothing better keeps a closed form).",
+        "",
+    ]
 
 
 def _cost(runs: Sequence[Result]) -> list[str]:

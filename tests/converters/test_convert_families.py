@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from random_models import write_random_model
 
 from longrope_export import RopeScaling
 from longrope_export.checkpoint import open_checkpoint
@@ -42,23 +43,14 @@ ROTARY = {"qwen2": 32, "phi3": 24, "granite": 32}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, digit_tokenizer: Any, small_config: dict[str, Any]) -> Any:
     """Builder of a random model folder of a family, biases included, each built once."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     made: dict[str, Path] = {}
 
     def build(family: str) -> Path:
         if family not in made:
-            torch.manual_seed(3)
             # phi3's own code takes the head's size from the width
-            config = AutoConfig.for_model(family, **{**small_config, **OWN[family]})
-            model = AutoModelForCausalLM.from_config(config)
-            for name, parameter in model.named_parameters():
-                if name.endswith("bias"):
-                    torch.nn.init.normal_(parameter, std=0.3)
-            made[family] = tmp_path_factory.mktemp("families") / family
-            model.save_pretrained(made[family])
-            digit_tokenizer.save_pretrained(made[family])
+            config = {**small_config, **OWN[family]}
+            target = tmp_path_factory.mktemp("families") / family
+            made[family] = write_random_model(target, family, config, digit_tokenizer)
         return made[family]
 
     return build

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from killed import survives
 
 from longrope_export import RopeScaling
 from longrope_export.cli.main import cli, main, mend_unfinished
@@ -133,31 +133,15 @@ def test_killed_between_any_two_steps(folder: Path, record: Record, monkeypatch:
 
 def killed(folder: Path, scaling: RopeScaling, step: int, *, undo: bool) -> bool:
     """Whether a child lived through the whole action; it dies before its step of that number."""
-    child = os.fork()
-    if child == 0:
-        count = 0
+    calls = [(Path, "replace"), (Path, "unlink"), (safetensors_in_place, "carry_out")]
 
-        def counted(call: Any) -> Any:
-            def run(*arguments: Any, **named: Any) -> Any:
-                nonlocal count
-                count += 1
-                if count == step:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return call(*arguments, **named)
+    def action() -> None:
+        if undo:
+            unpatch_folder_in_place(folder)
+        else:
+            patch_folder_in_place(folder, scaling)
 
-            return run
-
-        Path.replace = counted(Path.replace)  # type: ignore[method-assign]
-        Path.unlink = counted(Path.unlink)  # type: ignore[method-assign]
-        safetensors_in_place.carry_out = counted(safetensors_in_place.carry_out)  # type: ignore[attr-defined]
-        try:
-            if undo:
-                unpatch_folder_in_place(folder)
-            else:
-                patch_folder_in_place(folder, scaling)
-        finally:
-            os._exit(0)
-    alive = os.waitpid(child, 0)[1] == 0
+    alive = survives(action, step, calls)
     for partial in folder.glob(".*.partial"):
         partial.unlink()
     return alive

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from random_models import write_random_model
 
 from longrope_export import RopeScaling
 from longrope_export.converters.approximation_cost import approximated_record
@@ -48,23 +49,13 @@ OWN: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, digit_tokenizer: Any, small_config: dict[str, Any]) -> Any:
     """Builder of a random model folder of a family, biases included, each built once."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     made: dict[str, Path] = {}
 
     def build(family: str, *, biased: bool = True) -> Path:
         name = f"{family}{biased}"
         if name not in made:
-            torch.manual_seed(3)
-            config = AutoConfig.for_model(family, **{**small_config, **(OWN.get(family, {}) if biased else {})})
-            model = AutoModelForCausalLM.from_config(config)
-            for key, parameter in model.named_parameters():
-                if key.endswith("bias") or "_norm." in key:
-                    torch.nn.init.normal_(parameter, mean=float("_norm." in key), std=0.3)
-            made[name] = tmp_path_factory.mktemp("mutants") / name
-            model.save_pretrained(made[name])
-            digit_tokenizer.save_pretrained(made[name])
+            config = {**small_config, **(OWN.get(family, {}) if biased else {})}
+            made[name] = write_random_model(tmp_path_factory.mktemp("mutants") / name, family, config, digit_tokenizer)
         return made[name]
 
     return build

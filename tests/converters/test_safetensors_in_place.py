@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from killed import survives
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -149,28 +148,8 @@ def test_killed_before_every_call(shard: Path, room: int) -> None:
 
 def killed(shard: Path, step: int) -> bool:
     """Whether a child added the metadata before its call number `step`, at which it would have died."""
-    child = os.fork()
-    if child == 0:
-        count = 0
-
-        def counted(call: Any) -> Any:
-            def run(*arguments: Any, **named: Any) -> Any:
-                nonlocal count
-                count += 1
-                if count == step:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return call(*arguments, **named)
-
-            return run
-
-        for name in ("pwrite", "fsync", "ftruncate", "unlink"):
-            setattr(os, name, counted(getattr(os, name)))
-        in_place_room._call = counted(in_place_room._call)
-        try:
-            add_safetensors_metadata(shard, LONG)
-        finally:
-            os._exit(0)
-    return os.waitpid(child, 0)[1] == 0
+    calls = [(os, name) for name in ("pwrite", "fsync", "ftruncate", "unlink")]
+    return survives(lambda: add_safetensors_metadata(shard, LONG), step, [*calls, (in_place_room, "_call")])
 
 
 def test_a_file_that_changes_meanwhile_is_refused(shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from random_models import write_random_model
 
 from longrope_export import RopeScaling
 from longrope_export.checkpoint import open_checkpoint
@@ -42,9 +43,6 @@ def folder(
     tmp_path_factory: pytest.TempPathFactory, digit_tokenizer: Any, small_config: dict[str, Any], small_llama: Path
 ) -> Any:
     """Builder of a random model folder of a family, biases included, each built once."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     made: dict[str, Path] = {"llama": small_llama}
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
 
@@ -52,15 +50,8 @@ def folder(
         name = f"{family}{len(changes)}"
         if not changes and family in made:
             return made[family]
-        torch.manual_seed(3)
-        config = AutoConfig.for_model(family, **{**small_config, **rope, **changes})
-        model = AutoModelForCausalLM.from_config(config)
-        for key, parameter in model.named_parameters():
-            if key.endswith("bias") or "_norm." in key:
-                torch.nn.init.normal_(parameter, mean=float("_norm." in key), std=0.3)
-        made[family] = tmp_path_factory.mktemp("stand-ins") / name
-        model.save_pretrained(made[family])
-        digit_tokenizer.save_pretrained(made[family])
+        target = tmp_path_factory.mktemp("stand-ins") / name
+        made[family] = write_random_model(target, family, {**small_config, **rope, **changes}, digit_tokenizer)
         return made.pop(family) if changes else made[family]
 
     return build

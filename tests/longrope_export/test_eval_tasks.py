@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,6 @@ from longrope_export.evaluation.tasks.sliding import Window, windows
 
 WINDOW, LONGEST, TEXT = 32, 96, 128
 METHODS = ("unchanged", "pi", "dynamic-ntk")
-
-
-@pytest.fixture(scope="module")
-def model(tiny_llama: Path, tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tasks") / "model"
-    shutil.copytree(tiny_llama, folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

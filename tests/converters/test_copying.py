@@ -122,13 +122,13 @@ def test_small_files_get_no_filler(gguf_file: Build, record: Record, tmp_path: P
 
 
 def test_blocks_are_shared_where_the_file_system_can(large: Path, record: Record, tmp_path: Path) -> None:
-    """On XFS and Btrfs; elsewhere the copy is a plain one."""
+    """On XFS and Btrfs; elsewhere the copy is a plain one without a filler."""
     patch_gguf(large, tmp_path / "new.gguf", record())
     keys = read_gguf_header(tmp_path / "new.gguf").metadata
-    assert (FILLER_KEY in keys) == can_share(large, tmp_path)
-    if not can_share(large, tmp_path):
-        pytest.skip("the file system cannot share blocks")
-    assert shared_bytes(tmp_path / "new.gguf") > 0.9 * 4 * 700 * 700
+    shares = can_share(large, tmp_path)
+    assert (FILLER_KEY in keys) == shares
+    if shares:
+        assert shared_bytes(tmp_path / "new.gguf") > 0.9 * 4 * 700 * 700
 
 
 def shared_bytes(path: Path) -> int:

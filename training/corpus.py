@@ -52,7 +52,8 @@ def read_corpus(config: FinetuneConfig, inputs: Inputs, work: Path, progress: Pr
     held = [source.read(int(number), 0, length) for number in split.held]
     plan = RowPlan(store, inputs.rows, documents=split.training, rows=config.steps * config.batch)
     identity = {**store.identity, "tokens": store.data_hash, "documents": len(split.training)}
-    return Corpus(plan, held, length, identity, tokenizer, tuple(_remarks(config, inputs, len(held), length)))
+    remarks = (*_measured(config, inputs, len(held), length), *_unused(plan))
+    return Corpus(plan, held, length, identity, tokenizer, remarks)
 
 
 def _prepare_all(config: FinetuneConfig, tokenizer: Any, folder: Path, work: Path, progress: Progress) -> None:
@@ -104,7 +105,20 @@ def _held_out(
     return store, Split(everything, everything[:0]), inputs.window
 
 
-def _remarks(config: FinetuneConfig, inputs: Inputs, held: int, length: int) -> list[str]:
+def _unused(plan: RowPlan) -> list[str]:
+    """Documents that are too short for a long row and too long for a short one."""
+    count = len(plan.unused)
+    if not count:
+        return []
+    tokens = int(plan.store.lengths[plan.unused].sum())
+    rest = f"; those of up to {plan.window:,} tokens are packed" if plan.options.long_share < 1 else ""
+    return [
+        f"{count:,} of the documents ({tokens:,} tokens) are not trained on: long rows take documents of {plan.span:,} tokens "
+        f"or more{rest} (--length, --cut-longer)"
+    ]
+
+
+def _measured(config: FinetuneConfig, inputs: Inputs, held: int, length: int) -> list[str]:
     if not held and config.eval_documents != 0:
         return ["too few long documents to hold some out: no perplexities; give --eval-data or --eval-documents"]
     if held and length < inputs.target:

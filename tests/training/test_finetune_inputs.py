@@ -19,6 +19,7 @@ from longrope_export.errors import (
 )
 from longrope_export.fingerprint import fingerprint
 from longrope_export.training.config import FinetuneConfig
+from longrope_export.training.corpus import read_corpus
 from longrope_export.training.finetune import run
 from longrope_export.training.inputs import check_inputs
 
@@ -192,3 +193,17 @@ def test_the_configuration_is_a_record_of_plain_values(case: Case, tmp_path: Pat
         f"--{name.replace('_', '-')}" for name in FinetuneConfig.__dataclass_fields__
     } - {"--model", "--data", "--out", "--scaling", "--cache", "--micro-batch", "--gradient-checkpointing",
          "--save-every", "--eval-data", "--eval-every", "--log-every", "--report-to", "--threads"}  # fmt: skip
+
+
+def test_documents_that_no_row_takes_are_remarked(case: Case, tmp_path: Path) -> None:
+    def remarks(name: str, **changes: Any) -> tuple[str, ...]:
+        config = case.config(tmp_path / name, data=(tmp_path / "texts",), eval_documents=0, cache=None, **changes)
+        return read_corpus(config, check_inputs(config), tmp_path / name, lambda done, total, what: None).remarks
+
+    write_texts(tmp_path / "texts", 0)
+    with (tmp_path / "texts/texts.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "x" * 58}) + "\n")
+    mixed = "1 of the documents (59 tokens) are not trained on: long rows take documents of 128 tokens or more; those of up to 32 "
+    assert [each for each in remarks("mixed", positions="mixed") if each.startswith(mixed)]
+    assert not remarks("cut", positions="mixed", cut_longer=True)
+    assert [each for each in remarks("full") if each.startswith("97 of the documents")]

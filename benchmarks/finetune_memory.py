@@ -12,6 +12,7 @@ what they always do. Seconds are processor seconds of the step.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -157,12 +158,15 @@ def _child(options: argparse.Namespace) -> None:
         limit_hoarding()
     import torch
 
+    from longrope_export.denormals import flushed_denormals
+
     torch.manual_seed(0)
     model = _shortened_lora(options, dtype)
     ids = torch.randint(0, model.config.vocab_size, (1, length))
     loaded = resident_bytes(os.getpid())
     started = time.process_time()
-    loss = _trainer_step(model, ids, side)
+    with flushed_denormals() if side == OURS else contextlib.nullcontext():
+        loss = _trainer_step(model, ids, side)
     print(json.dumps([loss, time.process_time() - started, loaded, resident_bytes(os.getpid(), "VmHWM")]))
 
 
@@ -181,7 +185,6 @@ def _shortened_lora(options: argparse.Namespace, dtype: str) -> Any:
 
 def _trainer_step(model: Any, ids: Any, side: str) -> float:
     """One step of Trainer on one row; its loss."""
-    import contextlib
     import tempfile
 
     from torch.nn import functional

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from longrope_export.denormals import flushed_denormals
 from longrope_export.description import ModelDescription, describe
 from longrope_export.errors import LongRopeError, OutputError, UnsupportedModelError
 from longrope_export.files import write_text
@@ -138,7 +139,7 @@ def opened(config: SearchConfig, patch: Patcher | None = None) -> Iterator[Input
     check_budget(resolved, numbers)
     read_init(resolved, numbers)
     check_folder(config.out)
-    with _threads(worker_threads(config)):
+    with flushed_denormals(), _threads(worker_threads(config)):
         # Heavy imports: only now, when the cheap checks are passed.
         import torch
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from longrope_export.denormals import flushed_denormals
 from longrope_export.training.allocator import limit_hoarding
 from longrope_export.training.checkpoints import Checkpoints, check_identity, read_identity
 from longrope_export.training.config import FinetuneConfig
@@ -114,11 +115,12 @@ def _train(
     if last is not None:
         tell(f"continuing from {last.name.replace('checkpoint-', 'step ')}")
     show(0, 1, "loading the model")
-    trained = TrainedModel.load(config, inputs)
     arguments.eval_on_start = last is None
     stop = Stop()
     stopping = StopCallback(stop)
     with ExitStack() as active:
+        active.enter_context(flushed_denormals())
+        trained = TrainedModel.load(config, inputs)
         active.enter_context(trained.training())
         active.enter_context(stop.listening(tell))
         shown = LogCallback(config.out, show, tell)

@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from longrope_export.denormals import flushed_denormals
 from longrope_export.training.allocator import limit_hoarding
 from longrope_export.training.arguments import accumulation, set_threads, training_arguments
 from longrope_export.training.checkpoints import Checkpoints
@@ -83,7 +84,7 @@ def preview(config: FinetuneConfig) -> Preview:
     check_targets(config, inputs)
     limit_hoarding()
     set_threads(config.threads)
-    with tempfile.TemporaryDirectory() as folder:
+    with flushed_denormals(), tempfile.TemporaryDirectory() as folder:
         corpus = read_corpus(config, inputs, Path(folder), lambda done, everything, status: None)
         each = accumulation(config, process_count())
         probe = replace(

@@ -43,6 +43,7 @@ class ModelSource:
         """The objective on the model, loaded here."""
         import torch
 
+        from longrope_export.denormals import flushed_denormals
         from longrope_export.fingerprint import fingerprint
         from longrope_export.loader import load
         from longrope_export.search.objective import ModelObjective
@@ -50,9 +51,10 @@ class ModelSource:
         if fingerprint(self.path) != self.fingerprint:
             raise StaleStateError(f"{self.path} is another model here than where the search runs; copy the right one")
         torch.set_num_threads(self.threads)
-        model = load(self.path, dtype=getattr(torch, self.dtype), **self.placement)
-        objective = ModelObjective(model, self.numbers, self.documents)
-        try:
-            yield objective
-        finally:
-            objective.close()
+        with flushed_denormals():
+            model = load(self.path, dtype=getattr(torch, self.dtype), **self.placement)
+            objective = ModelObjective(model, self.numbers, self.documents)
+            try:
+                yield objective
+            finally:
+                objective.close()

@@ -18,7 +18,9 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner
+from flushing import flushes, noting
 
+from longrope_export import loader
 from longrope_export.cli.search import search, search_config
 from longrope_export.errors import (
     InputFileError,
@@ -30,10 +32,11 @@ from longrope_export.errors import (
     UnsupportedModelError,
 )
 from longrope_export.scaling import RopeScaling
+from longrope_export.search.executors.source import ModelSource
 from longrope_export.search.plan import Plan
 from longrope_export.search.progress import SearchProgress
 from longrope_export.search.protocol import SEARCH, Outcome, Trial
-from longrope_export.search.run import SearchConfig, run_search
+from longrope_export.search.run import SearchConfig, opened, run_search
 from longrope_export.search.space import Candidate
 
 GRADIENT = ["--budget", "30", "--documents", "2", "--validation-documents", "2", "--threads", "1"]
@@ -459,3 +462,18 @@ def test_progress_shows_the_best_so_far_the_count_and_the_time_left(terminal: bo
 def test_the_search_command_needs_no_torch_for_its_help() -> None:
     code = "import sys; from longrope_export.cli.search import search; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_denormals_are_flushed_from_the_loading_of_the_weights_on(
+    tiny_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = noting(monkeypatch, loader, "load")
+    config = SearchConfig(model=tiny_folder, data=(text,), out=tmp_path / "out", target="4x")
+    with opened(config) as inputs:
+        assert flushes()
+        source = ModelSource(tiny_folder, "float32", inputs.numbers, {}, 1, inputs.fingerprint)
+    assert not flushes()
+    with source.open():
+        assert flushes()
+    assert seen == [True, True]
+    assert not flushes()

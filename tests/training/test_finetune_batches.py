@@ -11,8 +11,12 @@ import numpy as np
 import pytest
 import torch
 from finetune_case import LONG_FACTOR, SHORT_FACTOR, TARGET, WINDOW, Case, Seen, session, write_texts
+from flushing import flushes, noting
 
 from longrope_export.errors import NumericalError
+from longrope_export.training.finetune import run as run_finetune
+from longrope_export.training.model import TrainedModel
+from longrope_export.training.preview import preview
 
 
 def trained(case: Case, out: Path, **changes: Any) -> Seen:
@@ -316,3 +320,13 @@ def test_weights_that_are_not_finite_are_not_saved(case: Case, tmp_path: Path) -
         with pytest.raises(NumericalError, match=r"lm_head\.weight is not finite after step 0"):
             run.trainer._save_checkpoint(None, None)
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_denormals_are_flushed_from_the_loading_of_the_weights_on(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = noting(monkeypatch, TrainedModel, "load")
+    run_finetune(case.config(tmp_path / "out", steps=1, batch=1, micro_batch=1, eval_documents=0))
+    preview(case.config(tmp_path / "other", steps=1, batch=1, micro_batch=1, eval_documents=0))
+    assert seen == [True, True]
+    assert not flushes()

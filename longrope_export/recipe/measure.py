@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +15,31 @@ from longrope_export.evaluation.documents import Row, evaluation_rows, load_toke
 from longrope_export.evaluation.passes import fixed_set
 from longrope_export.evaluation.passkey import evaluate_passkey
 from longrope_export.evaluation.tables import compare_methods
+from longrope_export.files import write_text
+from longrope_export.fingerprint import fingerprint
 from longrope_export.lengths import resolve_length
 from longrope_export.loader import load
 from longrope_export.recipe.schema import ReportPlan
 from longrope_export.scaling import MAX_LENGTH, RopeScaling
 
 UNCHANGED = "unchanged"
+_MEASURES = ("perplexity", "short", "passkeys")
 
 
 @dataclass(frozen=True)
 class Measurer:
-    """Report texts and lengths of one recipe; `window` is the given model's, which `4x` refers to."""
+    """Report texts and lengths of one recipe; `window` is the given model's, which `4x` refers to.
+
+    `kept` is a folder for what each record was measured at, so that no later stage measures the same once more; `sums` are
+    those of the texts.
+    """
 
     plan: ReportPlan
     texts: Sequence[Path]
     window: int
     seed: int
+    kept: Path
+    sums: Sequence[str] = ()
 
     def lengths(self, target: int) -> list[int]:
         """Tokens, rising, up to the window and to `target`: what factors were not made for says nothing about them."""
@@ -45,20 +56,38 @@ class Measurer:
         lengths = self.lengths(target)
         if not lengths:
             return {}
+        print_of_model = fingerprint(path)
+        files = {name: self._file(print_of_model, lengths, scaling) for name, scaling in scalings.items()}
+        missing = {name: scaling for name, scaling in scalings.items() if not files[name].exists()}
+        if missing:
+            for name, found in self._measure(path, lengths, missing).items():
+                write_text(files[name], json.dumps(found) + "\n", overwrite=True)
+        kept = {name: json.loads(file.read_text("utf-8")) for name, file in files.items()}
+        return {
+            "lengths": lengths,
+            "documents": next(iter(kept.values()))["documents"],
+            **{what: {name: found[what] for name, found in kept.items()} for what in _MEASURES},
+        }
+
+    def _file(self, model: str, lengths: Sequence[int], scaling: RopeScaling | None) -> Path:
+        record = None if scaling is None else {**scaling.to_dict(), "provenance": None}
+        what = [model, self.window, list(lengths), self.seed, asdict(self.plan), list(self.sums), record]
+        return self.kept / f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()}.json"
+
+    def _measure(
+        self, path: Path, lengths: Sequence[int], scalings: Mapping[str, RopeScaling | None]
+    ) -> dict[str, dict[str, Any]]:
         model, tokenizer = load(path), load_tokenizer(path)
         rows = [Row(row.name, row.token_ids[: max(lengths)]) for row in self.rows(path)]
         compared = compare_methods(model, rows, lengths, scalings, window=self.window)
         return {
-            "lengths": lengths,
-            "documents": list(compared.documents),
-            "perplexity": {
-                row.name: {str(length): _number(compared.perplexity(row.name, length)) for length in lengths}
-                for row in compared.rows
-            },
-            "short": {row.name: _number(compared.short_perplexity(row.name)) for row in compared.rows},
-            "passkeys": {
-                name: self._passkeys(model, tokenizer, lengths, scaling) for name, scaling in scalings.items()
-            },
+            name: {
+                "documents": list(compared.documents),
+                "perplexity": {str(length): _number(compared.perplexity(name, length)) for length in lengths},
+                "short": _number(compared.short_perplexity(name)),
+                "passkeys": self._passkeys(model, tokenizer, lengths, scaling),
+            }
+            for name, scaling in scalings.items()
         }
 
     def _passkeys(

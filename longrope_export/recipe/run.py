@@ -37,7 +37,10 @@ def run_recipe(job: Job, say: Say) -> dict[str, Any]:
     window, texts = describe(job.model).window, recipe_texts(job)
     report_texts = [Path(text) for text in texts.get("report", ())]
     sums = {role: [_sum(Path(path)) for path in paths] for role, paths in texts.items()}
-    runner = _Runner(job, Measurer(job.recipe.report, report_texts, window, job.chosen_seed), sums, say)
+    kept = job.out / "measures"
+    kept.mkdir(exist_ok=True)
+    measurer = Measurer(job.recipe.report, report_texts, window, job.chosen_seed, kept, sums.get("report", ()))
+    runner = _Runner(job, measurer, sums, say)
     results = [runner.before(steps[0])] if report_texts else []
     results += [runner.run(number, step) for number, step in enumerate(steps, 1)]
     return runner.finish(steps, results)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from longrope_export.cli.extend import extend
 from longrope_export.errors import InputFileError, LongRopeError, OutputError, RecipeError, StaleStateError
 from longrope_export.files import check_manifest, sha256
 from longrope_export.loader import load
+from longrope_export.recipe.measure import Measurer
 from longrope_export.recipe.plan import Job, plan_recipe
 from longrope_export.recipe.run import run_recipe
-from longrope_export.recipe.schema import parse_recipe
+from longrope_export.recipe.schema import ReportPlan, parse_recipe
 from longrope_export.report.numbers import perplexity_text
 from longrope_export.scaling import RopeScaling
 
@@ -137,6 +139,41 @@ def test_what_is_measured_before_and_after_every_stage(done: tuple[Job, dict[str
     assert stages["second"]["perplexity"]["pi"] != stages["before"]["perplexity"]["pi"]
     # The short set is measured at the old window.
     assert stages["before"]["short"]["unchanged"] == stages["before"]["perplexity"]["unchanged"]["32"]
+
+
+def _applied(job: Job, stage: str) -> dict[str, Any]:
+    record = RopeScaling.from_json((job.out / stage / "longrope.json").read_text("utf-8"))
+    return {**record.to_dict(), "provenance": None}
+
+
+def test_nothing_is_measured_twice(done: tuple[Job, dict[str, Any]]) -> None:
+    """The closed forms stand after both searches and before them: 13 times measured, of which four are the same."""
+    job, report = done
+    assert sum(len(stage["perplexity"]) for stage in report["stages"]) == 13
+    same = _applied(job, "3-second") == _applied(job, "4-short")  # recovery may find nothing better
+    assert len(list((job.out / "measures").iterdir())) == 9 - same
+
+
+def test_what_a_measure_depends_on_is_in_its_file_s_name(tmp_path: Path) -> None:
+    measurer = Measurer(ReportPlan(("32", "64")), (), 32, 0, tmp_path, ("sum",))
+    record = RopeScaling(
+        rope_theta=10000.0, rotary_dim=4, original_max_position_embeddings=32, max_position_embeddings=64,
+        long_factor=(1.0, 2.0),
+    )  # fmt: skip
+    changed = replace(record, long_factor=(1.0, 3.0))
+    others = [
+        measurer._file("model", [32, 64], changed),
+        measurer._file("model", [32, 64], None),
+        measurer._file("model", [32], record),
+        measurer._file("other", [32, 64], record),
+        replace(measurer, plan=ReportPlan(("32", "64"), documents=3))._file("model", [32, 64], record),
+        replace(measurer, seed=1)._file("model", [32, 64], record),
+        replace(measurer, sums=("other",))._file("model", [32, 64], record),
+        replace(measurer, window=64)._file("model", [32, 64], record),
+    ]
+    first = measurer._file("model", [32, 64], record)
+    assert first == measurer._file("model", [32, 64], record.with_provenance(found="elsewhere"))
+    assert len({first, *others}) == 1 + len(others)
 
 
 def test_finished_stages_are_not_done_again(done: tuple[Job, dict[str, Any]]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from longrope_export import pipeline
 from longrope_export.demo import demo_model_path
+from longrope_export.denormals import flushed_denormals
 from longrope_export.description import ModelDescription, describe
 from longrope_export.evaluation.documents import Row, load_tokenizer, rows_from_texts
 from longrope_export.evaluation.passes import fixed_set
@@ -74,6 +75,7 @@ class DemoResult:
         }
 
 
+@flushed_denormals()  # before torch's threads begin
 def run_demo(options: DemoOptions, say: Say) -> DemoResult:
     """Search, compare, write and prove; `say` gets one line per step. Raises `LongRopeError` for user errors."""
     started = time.perf_counter()

@@ -12,7 +12,8 @@ def flushed_denormals() -> Iterator[None]:
 
     The probabilities of far tokens underflow in a softmax. With this a gradient of the demo model at 8,192 tokens takes
     0.45 of the time, and is the same to the bit (`benchmarks/denormals.py`). torch's threads begin with the first
-    parallel work, so enter it before weights are read. Where the processor has no such mode nothing is changed.
+    parallel work, so enter it before any: a thread without the mode holds the others up. Where the processor has no such
+    mode nothing is changed.
     """
     import torch
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from longrope_export.denormals import flushed_denormals
 from longrope_export.description import describe
 from longrope_export.files import folder_sha256, sha256, write_text
 from longrope_export.fingerprint import fingerprint
@@ -25,6 +26,7 @@ from longrope_export.scaling import RopeScaling
 Say = Callable[[str], None]
 
 
+@flushed_denormals()  # before torch's threads begin
 def run_recipe(job: Job, say: Say) -> dict[str, Any]:
     """Follow the recipe and return its report, JSON-ready; what is finished already is not done again.
 

@@ -18,11 +18,13 @@ import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner
+from flushing import flushes, noting
 
 from longrope_export.cli.extend import extend
 from longrope_export.errors import InputFileError, LongRopeError, OutputError, RecipeError, StaleStateError
 from longrope_export.files import check_manifest, sha256
 from longrope_export.loader import load
+from longrope_export.recipe import measure
 from longrope_export.recipe.measure import Measurer
 from longrope_export.recipe.plan import Job, plan_recipe
 from longrope_export.recipe.run import run_recipe
@@ -144,6 +146,16 @@ def test_what_is_measured_before_and_after_every_stage(done: tuple[Job, dict[str
 def _applied(job: Job, stage: str) -> dict[str, Any]:
     record = RopeScaling.from_json((job.out / stage / "longrope.json").read_text("utf-8"))
     return {**record.to_dict(), "provenance": None}
+
+
+def test_denormals_are_flushed_from_the_first_measurement_on(
+    tiny_folder: Path, texts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = noting(monkeypatch, measure, "load")
+    stage = {"name": "tune", "factors": "yarn", "finetune": {**TUNE, "to": 64, "steps": 1}}
+    run_recipe(_job(tiny_folder, texts, tmp_path / "out", _recipe([stage]), allow_lossy=True), lambda line: None)
+    assert set(seen) == {True}
+    assert not flushes()
 
 
 def test_nothing_is_measured_twice(done: tuple[Job, dict[str, Any]]) -> None:

@@ -30,7 +30,8 @@ Say = Callable[[str], None]
 def run_recipe(job: Job, say: Say) -> dict[str, Any]:
     """Follow the recipe and return its report, JSON-ready; what is finished already is not done again.
 
-    `job.out` ends with one folder for each stage, the extended model in `model/`, and `report.json`.
+    `job.out` ends with one folder for each stage, the extended model in `model/`, `report.json`, and in `measures/` what
+    every record was measured at.
     """
     steps = plan_recipe(job)
     job.out.mkdir(parents=True, exist_ok=True)

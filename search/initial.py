@@ -9,11 +9,14 @@ from pathlib import Path
 from longrope_export.errors import InputFileError, ScalingError
 from longrope_export.scaling import RopeScaling
 from longrope_export.search.config import SearchConfig
-from longrope_export.search.space import Candidate, RopeNumbers
+from longrope_export.search.space import Candidate, RopeNumbers, closed_form
 
 
 def read_init(config: SearchConfig, numbers: RopeNumbers) -> Candidate | None:
     """The long set of `config.init` (a longrope.json) relative to the model's present factors, or None.
+
+    A record for another length is carried to this one: what it adds to YaRN's log λ and log attention factor there is
+    added to YaRN's here. The present factors themselves, a record of no extension, stay what they are.
 
     Raises `InputFileError` when it cannot be read, `ScalingError` when it is for another model.
     """
@@ -35,7 +38,8 @@ def read_init(config: SearchConfig, numbers: RopeNumbers) -> Candidate | None:
     given = None if config.keep_long else config.attention_factor(numbers)
     attention = record.long_attention_factor / numbers.base_attention_factor if given is None else given
     start_tokens = 0 if config.runtime == "gguf" else record.long_start_tokens
-    return Candidate(tuple(factors), attention, start_tokens)
+    found = Candidate(tuple(factors), attention, start_tokens)
+    return found if config.keep_long else _carried(found, record.max_position_embeddings, numbers, given is None)
 
 
 def with_kept_long(found: RopeScaling, config: SearchConfig) -> RopeScaling:
@@ -47,6 +51,16 @@ def with_kept_long(found: RopeScaling, config: SearchConfig) -> RopeScaling:
         long_start_tokens=kept.long_start_tokens,
         provenance={**found.provenance, "method": kept.provenance.get("method"), "long": dict(kept.provenance)},
     )  # fmt: skip
+
+
+def _carried(found: Candidate, length: int, numbers: RopeNumbers, with_attention: bool) -> Candidate:
+    """`found` for `length` tokens, as the same deviation from YaRN for the target."""
+    if not numbers.window < length != numbers.target:
+        return found
+    there, here = (closed_form("yarn", replace(numbers, target=each)) for each in (length, numbers.target))
+    factors = tuple(one * new / old for one, new, old in zip(found.factors, here.factors, there.factors))
+    ratio = here.attention_factor / there.attention_factor if with_attention else 1.0
+    return replace(found, factors=factors, attention_factor=found.attention_factor * ratio)
 
 
 def _check_kept(record: RopeScaling, config: SearchConfig, numbers: RopeNumbers) -> None:

@@ -126,7 +126,11 @@ def _names(ctx: click.Context, param: click.Parameter, text: str | None) -> tupl
     metavar="DEVICE=SIZE,…",
     help="With --device-map auto: what weights may fill, such as 0=20GiB,cpu=60GiB; the rest stays on disk.",
 )
-@click.option("--init", type=click.Path(path_type=Path), help="gradient, cmaes: start from this longrope.json.")
+@click.option(
+    "--init",
+    type=click.Path(path_type=Path),
+    help="gradient, cmaes: start from this longrope.json, carried from its length to this one.",
+)
 @click.option(
     "--keep-long",
     is_flag=True,

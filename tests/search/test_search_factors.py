@@ -25,6 +25,7 @@ from longrope_export.search.documents import SHORT_PIECES, pieces_of, split_rows
 from longrope_export.search.evaluator import Evaluator
 from longrope_export.search.executors import InProcess
 from longrope_export.search.factors import SearchResult, search_factors
+from longrope_export.search.initial import read_init
 from longrope_export.search.objective import ModelObjective
 from longrope_export.search.protocol import VALIDATION
 from longrope_export.search.run import SearchConfig
@@ -254,6 +255,26 @@ def test_init_is_where_the_descent_begins(tiny: Any, tmp_path: Path) -> None:
     assert "init" in result.validation_perplexity
     with pytest.raises(StaleStateError, match=": init is "):
         _run(tiny, tmp_path / "journal.jsonl", **GRADIENT)
+
+
+def test_init_for_another_length_is_carried_by_its_deviation_from_yarn(tiny: Any, tmp_path: Path) -> None:
+    half = replace(tiny.numbers, target=tiny.numbers.target // 2)
+    there, here = (closed_form("yarn", numbers) for numbers in (half, tiny.numbers))
+    given = Candidate(tuple(np.linspace(1.0, 2.0, 16).tolist()), 1.03)
+    record = tmp_path / "init.json"
+    record.write_text(half.record(given, half.unchanged(), {}).to_json())
+    config = SearchConfig(**GRADIENT, init=record, attention="method")
+    carried = read_init(config, tiny.numbers)
+    assert carried
+    assert read_init(config, half) == given
+    np.testing.assert_allclose(
+        np.log(carried.factors) - np.log(here.factors), np.log(given.factors) - np.log(there.factors), atol=1e-6
+    )
+    assert carried.attention_factor / here.attention_factor == pytest.approx(1.03 / there.attention_factor)
+    # An attention factor that is asked for is kept.
+    asked = read_init(replace(config, attention="1.2"), tiny.numbers)
+    assert asked
+    assert asked.attention_factor == pytest.approx(1.2)
 
 
 def test_a_gguf_search_finds_only_what_a_gguf_holds(tiny: Any, tmp_path: Path) -> None:

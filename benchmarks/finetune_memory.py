@@ -6,7 +6,7 @@ Both sides are transformers' Trainer on the same row, LoRA and activation checkp
 the allocator's thresholds where each has its defaults: this project sets glibc's itself, Trainer leaves them alone. Every
 step is made in a process of its own whose resident memory is watched: one that passes --limit gigabytes is stopped and
 reported as out of memory. A shortened model (--layers) has the same embedding, lm_head and length, so that the losses cost
-what they always do. Seconds are processor seconds of the step.
+what they always do. Seconds are processor seconds of the step, with denormal floats flushed on both sides.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ def main() -> None:
     failed = False
     for dtype in options.dtypes.split(","):
         for length in map(int, options.lengths.split(",")):
-            steps = [_measure(options, side, limited, dtype, length) for side, limited, _ in RUNS]
-            for (side, _, allocator), step in zip(RUNS, steps):
-                print(
-                    f"{dtype} {length:>6,} tokens, {layers}: {side:<14} ({allocator}): {describe(step, options.limit)}"
-                )
+            steps = []
+            for side, limited, allocator in RUNS:
+                steps.append(_measure(options, side, limited, dtype, length))
+                said = describe(steps[-1], options.limit)
+                print(f"{dtype} {length:>6,} tokens, {layers}: {side:<14} ({allocator}): {said}", flush=True)
             for (_, _, allocator), step in zip(RUNS[1:], steps[1:]):
                 ratio, at_most = ratio_of(steps[0], step)
                 print(f"    ratio with {allocator} of Trainer: {'at most ' if at_most else ''}{ratio:.2f}", flush=True)
@@ -165,7 +165,7 @@ def _child(options: argparse.Namespace) -> None:
     ids = torch.randint(0, model.config.vocab_size, (1, length))
     loaded = resident_bytes(os.getpid())
     started = time.process_time()
-    with flushed_denormals() if side == OURS else contextlib.nullcontext():
+    with flushed_denormals():
         loss = _trainer_step(model, ids, side)
     print(json.dumps([loss, time.process_time() - started, loaded, resident_bytes(os.getpid(), "VmHWM")]))
 

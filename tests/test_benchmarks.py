@@ -81,3 +81,16 @@ def test_the_peers_score_the_same_tokens(perplexity_cost: Any, tiny_llama: Path)
     for name, peer in perplexity_cost.PEERS.items():
         assert losses[name] == pytest.approx(losses[peer], abs=1e-5)
     assert losses["truncated"] != pytest.approx(losses["sliding"], abs=1e-3)
+
+
+def test_the_unseen_model_s_texts_are_disjoint_and_the_longest_are_held_out(common: ModuleType) -> None:
+    import unseen_model
+
+    texts = {f"file-{index}": "x" * index for index in range(200)}
+    parts = unseen_model.split_texts(texts)
+    assert [len(parts[part]) for part in ("search", "report", "train")] == [72, 26, 102]
+    assert sorted(name for names in parts.values() for name in names) == sorted(texts)
+    assert max(len(texts[name]) for name in parts["train"]) < min(
+        len(texts[name]) for name in parts["search"] + parts["report"]
+    )
+    assert unseen_model.split_texts(texts) == parts

@@ -137,7 +137,7 @@ def _tuned_rows(kind: str, found: dict[str, list[Result]], arms: Iterable[str]) 
 
 def _tuned_row(arm: str, runs: Sequence[Result]) -> str:
     before = (lambda run: _at(run, "search-2k", "search-2k", "2048")) if arm == SEARCHED else (
-        lambda run: _at(run, "before", arm, "2048")
+        lambda run: _at(run, "before", "yarn" if arm in ATTENTION else arm, "2048")
     )  # fmt: skip
     seconds = statistics.mean(_stage(run, TUNE)["seconds"] for run in runs)
     return (

@@ -22,7 +22,7 @@ import torch
 from common import bootstrap_interval
 
 from longrope_export.description import ModelDescription, describe
-from longrope_export.evaluation.documents import data_hash, evaluation_rows, load_tokenizer
+from longrope_export.evaluation.documents import evaluation_rows, load_tokenizer
 from longrope_export.evaluation.losses import token_losses
 from longrope_export.fingerprint import fingerprint
 from longrope_export.formats.records import read_scaling
@@ -86,7 +86,8 @@ def _measured(
     row: npt.NDArray[np.int64],
 ) -> Losses:
     setting = "" if record is None else record.to_json()
-    identity = f"{fingerprint(options.model)} {options.dtype} {setting} {data_hash([row])}"
+    text = hashlib.sha256(row.tobytes()).hexdigest()
+    identity = f"{fingerprint(options.model)} {options.dtype} {setting} {text}"
     file = options.runs / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.npy"
     if not file.exists():
         started = time.perf_counter()

@@ -98,6 +98,28 @@ def test_spans_are_compared_on_the_same_tokens(capsys: pytest.CaptureFixture[str
     assert lines[-1] == "gap of yarn to the window of 2,048: 0.4000 nats; closed by best: 75 %"
 
 
+def test_long_spans_measures_once_and_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import sys
+
+    import long_spans
+
+    from longrope_export.demo import demo_model_path
+
+    text = tmp_path / "text.txt"
+    text.write_text(Path(long_spans.__file__).read_text(encoding="utf-8"), encoding="utf-8")
+    command = [str(demo_model_path()), "--to", "2x", "--data", str(text), "--methods", "ntk,yarn", "--dtype", "float32"]
+    monkeypatch.setattr(sys, "argv", ["long_spans.py", *command, "--runs", str(tmp_path / "runs")])
+    long_spans.main()
+    assert len(list((tmp_path / "runs").iterdir())) == 3
+    first = capsys.readouterr().out.splitlines()
+    assert first[-1].startswith("gap of ntk to the window of 256: ")
+    # What was measured is not measured again.
+    long_spans.main()
+    assert capsys.readouterr().out.splitlines() == first[3:]
+
+
 def test_the_novels_of_an_r_table() -> None:
     from novels import novels
 

@@ -66,7 +66,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--runs", type=Path, default=Path("runs/spans"))
-    return parser.parse_args()
+    options = parser.parse_args()
+    if "," not in options.methods:
+        parser.error("--methods takes at least two: the last one is compared with the others")
+    return options
 
 
 def _settings(names: str, description: ModelDescription, target: int) -> list[tuple[str, RopeScaling | None]]:

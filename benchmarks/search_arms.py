@@ -23,6 +23,7 @@ from longrope_export.fingerprint import fingerprint
 from longrope_export.loader import load
 from longrope_export.rope.formulas import longrope_attention_factor, wavelength_blend, yarn_kept_share
 from longrope_export.rope.frequencies import wavelengths
+from longrope_export.search.documents import EARLY
 from longrope_export.search.evaluator import Evaluator
 from longrope_export.search.executors import InProcess
 from longrope_export.search.factors import search_factors, search_parts
@@ -105,8 +106,8 @@ def run_arm(bench: Bench, arm: Arm, seed: int, folder: Path) -> dict[str, Any]:
     rows = bench.rows["report"] if arm.sees_report else bench.searched_rows(arm.documents, seed)
     found = _released(bench, rows, seed, folder) if arm.name == RELEASED else _searched(bench, arm, rows, seed, folder)
     candidate, chosen, notes = found
-    spent = _spent(folder / "journal.jsonl", bench.numbers.target)
-    return {"chosen": chosen, "documents": arm.documents, "seed": seed, **spent, "notes": notes,
+    cost = spent(folder / "journal.jsonl", bench.numbers.target)
+    return {"chosen": chosen, "documents": arm.documents, "seed": seed, **cost, "notes": notes,
             "candidate": candidate.to_json(), **measured(bench, candidate, rows, arm.retrieve)}  # fmt: skip
 
 
@@ -162,15 +163,19 @@ def _released(bench: Bench, rows: Sequence[Row], seed: int, folder: Path) -> tup
     return strategy.finalists()[0], RELEASED, {}
 
 
-def _spent(journal: Path, target: int) -> dict[str, float]:
-    """Forward passes (a gradient counts three) on search documents and on others, token-forwards, and seconds."""
-    counts = {"search_forwards": 0, "other_forwards": 0}
+def spent(journal: Path, target: int) -> dict[str, float]:
+    """Forward passes of `target` tokens (a gradient counts three) on search documents and on others, token-forwards, and
+    seconds. A shorter piece counts by its length.
+    """
+    counts = {"search_forwards": 0.0, "other_forwards": 0.0}
     seconds = 0.0
     for line in journal.read_text(encoding="utf-8").splitlines()[1:]:
         trial = json.loads(line)
         part, _, gradient, _ = trial["of"]
         # What the old window is kept with belongs to the report, not to the search.
         if not part.startswith("short"):
-            counts["search_forwards" if part == SEARCH else "other_forwards"] += 3 if gradient else 1
+            length = int(part.partition("@")[2] or target)
+            searched = part == SEARCH or part.startswith(EARLY)
+            counts["search_forwards" if searched else "other_forwards"] += (3 if gradient else 1) * length / target
             seconds += trial["seconds"]
     return {**counts, "token_forwards": sum(counts.values()) * target, "seconds": round(seconds, 1)}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from longrope_export.errors import OutputError, StaleStateError
+from longrope_export.files import output_errors, sync_folder
 
 
 class JournalFile:
@@ -77,6 +78,8 @@ def _open(path: Path, kind: str) -> BinaryIO:
     except OSError:
         file.close()
         raise OutputError(f"{path} is in use: another {kind} is writing it") from None
+    with output_errors(path):
+        sync_folder(path.parent)
     return file
 
 

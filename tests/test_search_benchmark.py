@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 import zlib
 from pathlib import Path
@@ -129,3 +130,15 @@ def test_the_novels_of_an_r_table() -> None:
 
     table = stream(["EMMA", "", "By Jane Austen"]) + stream(["PERSUASION", "x"])
     assert list(novels(table)) == [["EMMA", "", "By Jane Austen"], ["PERSUASION", "x"]]
+
+
+def test_what_was_spent_counts_gradients_three_times_and_pieces_by_their_length(tmp_path: Path) -> None:
+    from search_arms import spent
+
+    parts = [("search", True), ("early-search@1024", True), ("validation", False), ("short-validation", False)]
+    lines = [{}, *({"of": [part, 0, gradient, []], "loss": 1.0, "seconds": 2.0} for part, gradient in parts)]
+    journal = tmp_path / "journal.jsonl"
+    journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert spent(journal, 2048) == {
+        "search_forwards": 4.5, "other_forwards": 1.0, "token_forwards": 5.5 * 2048, "seconds": 6.0
+    }  # fmt: skip

@@ -69,6 +69,17 @@ def test_a_peer_that_is_faster_smaller_or_of_another_opinion_fails(
     assert perplexity_cost.peers_exceeded({**theirs, **change}, theirs) is exceeded
 
 
+@pytest.mark.parametrize(
+    ("change", "exceeded"), [({}, False), ({"evaluation": [1.06], "step": [2.0]}, True), ({"step": [4.5]}, True)]
+)
+def test_a_search_s_costs_are_held_to_their_bounds(
+    perplexity_cost: Any, change: dict[str, list[float]], exceeded: bool
+) -> None:
+    import gradient_cost
+
+    assert gradient_cost._above("a model", {"bare": [1.0], "evaluation": [1.04], "step": [4.0], **change}) is exceeded
+
+
 def test_the_peers_score_the_same_tokens(perplexity_cost: Any, tiny_llama: Path) -> None:
     from types import SimpleNamespace
 

@@ -13,7 +13,8 @@ from longrope_export.search.evaluator import Evaluator
 from longrope_export.search.space import Candidate, PaperSpace, RopeNumbers
 from longrope_export.search.strategies.cmaes import CmaEs, Sampling
 from longrope_export.search.strategies.critical_dimension import CriticalIndexSearch, Recorded
-from longrope_export.search.strategies.evolution import Evolution, EvolutionOptions
+from longrope_export.search.strategies.critical_space import CriticalSpace
+from longrope_export.search.strategies.evolution import Evolution, EvolutionOptions, Space
 from longrope_export.search.strategies.gradient import Descent, EarlyPart, GradientDescent
 from longrope_export.search.strategies.log_space import Constraint, LogSpace
 
@@ -24,7 +25,8 @@ class Phase:
 
     `seeds` are Algorithm 1's; the others begin at `start`. `bound` is the largest λ of Algorithm 1 and of the constraint
     "paper". `descent` and `evaluations` say how long it runs, whichever the optimiser counts. `seed` is for the
-    generator, `early_shift` what `EarlyPart` has.
+    generator, `early_shift` what `EarlyPart` has. `critical` is one optimiser's critical index, `critical_indices` are
+    those that one population is to select from.
     """
 
     start: Candidate
@@ -38,6 +40,7 @@ class Phase:
     evolution: EvolutionOptions
     start_tokens: tuple[int, ...] = (0,)
     critical: int = 0
+    critical_indices: tuple[int, ...] = ()
     early_shift: Sequence[float] = (0.0,)
 
 
@@ -89,7 +92,7 @@ def _cmaes(evaluator: Evaluator, config: SearchConfig, numbers: RopeNumbers, pha
 
 def _evolution(evaluator: Evaluator, config: SearchConfig, numbers: RopeNumbers, phase: Phase) -> Evolution:
     return Evolution(
-        PaperSpace(numbers.pairs, phase.bound, config.step, phase.start_tokens),
+        _grid(config, numbers, phase),
         phase.seeds,
         phase.evolution,
         documents=evaluator.documents[phase.parts[0]],
@@ -98,6 +101,14 @@ def _evolution(evaluator: Evaluator, config: SearchConfig, numbers: RopeNumbers,
         generator=np.random.default_rng(phase.seed),
         part=phase.parts[0],
         race=bool(config.race),
+    )
+
+
+def _grid(config: SearchConfig, numbers: RopeNumbers, phase: Phase) -> Space:
+    if not phase.critical_indices:
+        return PaperSpace(numbers.pairs, phase.bound, config.step, phase.start_tokens)
+    return CriticalSpace(
+        numbers.pairs, phase.critical_indices, numbers.scale, phase.bound, config.step, phase.start_tokens
     )
 
 

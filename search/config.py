@@ -22,7 +22,7 @@ from longrope_export.search.strategies.evolution import EvolutionOptions
 from longrope_export.search.strategies.gradient import GradientOptions
 
 StrategyName = Literal["gradient", "evolution", "critical-dim", "cmaes"]
-Optimiser = Literal["gradient", "cmaes"]
+Optimiser = Literal["gradient", "cmaes", "evolution"]
 Runtime = Literal["auto", "hf", "gguf"]
 Short = Literal["search", "original"]
 ExecutorName = Literal["local", "processes", "ray"]
@@ -38,6 +38,8 @@ DEFAULT_PASSES: Mapping[str, float] = MappingProxyType({"gradient": 480.0, "cmae
 # Documents are free for a descent, which takes a few of them a step: more of them fit less to any. The paper's
 # samples for populations, which measure every candidate on all of them.
 MOST_DOCUMENTS: Mapping[str, int] = MappingProxyType({"gradient": 64, "cmaes": 5, "evolution": 5})
+# The largest λ as a multiple of s: LongRoPE's, and of LongRoPE2's population.
+LARGEST, LARGEST_ABOVE_CRITICAL = 1.25, 2.0
 # The paper takes three samples beyond 512k tokens instead of five.
 LARGE_DOCUMENTS = 3
 
@@ -70,9 +72,10 @@ class SearchConfig:
     """One search. Paths are for `run_search` only; `search_factors` is given the model and the token rows.
 
     `attention` is "method" (each closed form's own), "su" (√(1 + ln s / ln L)), "yarn" (0.1 ln s + 1) or a number. None
-    in `attention`, `learn_attention`, `start_tokens`, `critical_indices` and `race` takes what suits the strategy, the
-    model and the runtime. `bound` is a multiple of s, `short_bound` a λ. `documents` 0 takes as many as there are, up
-    to `MOST_DOCUMENTS`. `optimiser` is what moves the factors of strategy "critical-dim". `objective` is
+    in `attention`, `learn_attention`, `start_tokens`, `critical_indices`, `race` and `bound` takes what suits the strategy,
+    the model and the runtime. `learn_short_attention` searches the short set's attention factor too. `bound` is a multiple
+    of s, `short_bound` a λ. `documents` 0 takes as many as there are, up to `MOST_DOCUMENTS`. `optimiser` is what moves
+    the factors of strategy "critical-dim". `objective` is
     "name=weight,…" (see `mixture`) or "auto"; `sets` are lengths in between, each with a set of its own; a descent makes its
     first `early_share` steps on pieces of `early_length`. `keep_long` keeps the long set of `init` and searches the sets for
     shorter sequences alone. `device_map` and `max_memory` are `placement_options`'. `command` is what a report shows.
@@ -104,10 +107,11 @@ class SearchConfig:
     command: str | None = None
     attention: str | None = None
     learn_attention: bool | None = None
+    learn_short_attention: bool = False
     init: Path | str | None = None
     keep_long: bool = False
     baselines: tuple[str, ...] = BASELINES
-    bound: float = 1.25
+    bound: float | None = None
     step: float = 0.01
     start_tokens: tuple[int, ...] | None = None
     short: Short = "search"
@@ -154,6 +158,13 @@ class SearchConfig:
         return self.optimiser if self.strategy == "critical-dim" else self.strategy
 
     @property
+    def bound_multiple(self) -> float:
+        """`bound`, or the paper's where none is given."""
+        if self.bound is not None:
+            return self.bound
+        return LARGEST_ABOVE_CRITICAL if (self.strategy, self.method) == ("critical-dim", "evolution") else LARGEST
+
+    @property
     def mixture(self) -> Mixture:
         """The objective's parts and weights."""
         names = [name for name in self.objective.split(",") if name.strip() != LLAMACPP]
@@ -178,7 +189,7 @@ class SearchConfig:
         documents = self.documents or max(1, min(left, MOST_DOCUMENTS[self.method]))
         if self.objective != AUTO:
             return replace(self, documents=documents)
-        needles = self.method != "evolution" and tokenizer is not None and needle_fits(tokenizer, target)
+        needles = self.strategy != "evolution" and tokenizer is not None and needle_fits(tokenizer, target)
         return replace(self, documents=documents, objective=WITH_NEEDLES if needles else PERPLEXITY)
 
     @property
@@ -193,15 +204,20 @@ class SearchConfig:
         Raises `LongRopeError` for start tokens, which a GGUF cannot hold.
         """
         runtime: Runtime = ("gguf" if kind == "gguf" else "hf") if self.runtime == "auto" else self.runtime
-        attention = self.attention or _default_attention(runtime, self.strategy)
+        attention = self.attention or _default_attention(runtime, self.method)
         learn = (runtime == "hf") if self.learn_attention is None else self.learn_attention
         race = self.method == "cmaes" if self.race is None else self.race
         resolved = replace(
-            self, runtime=runtime, attention=attention, learn_attention=learn, race=race,
+            self, runtime=runtime, attention=attention, learn_attention=learn, race=race, bound=self.bound_multiple,
             start_tokens=self._start_tokens(runtime, numbers), critical_indices=self._critical_indices(numbers),
         )  # fmt: skip
         if runtime == "gguf":
             _check_gguf(resolved, numbers)
+        if self.learn_short_attention and not (learn and self.method != "evolution" and self.short == "search"):
+            raise LongRopeError(
+                "--learn-short-attention needs a gradient or cmaes that learns the long set's attention factor, and "
+                "--short search"
+            )
         resolved.attention_factor(numbers)
         return resolved
 
@@ -215,7 +231,7 @@ class SearchConfig:
     def _critical_indices(self, numbers: RopeNumbers) -> tuple[int, ...]:
         if self.strategy != "critical-dim":
             return ()
-        chosen = self.critical_indices or critical_indices(numbers)
+        chosen = self.critical_indices or critical_indices(numbers, every=self.method == "evolution")
         for index in chosen:
             _check("critical_index", index, 0 <= index < numbers.pairs, f"from 0 to {numbers.pairs - 1}")
         return chosen
@@ -247,13 +263,16 @@ class SearchConfig:
         )  # fmt: skip
         for name in elsewhere:
             del values[name]
+        if not self.learn_short_attention:
+            # Journals from before there was the option go on.
+            del values["learn_short_attention"]
         return values
 
 
-def _default_attention(runtime: str, strategy: str) -> str:
+def _default_attention(runtime: str, method: str) -> str:
     if runtime == "gguf":
         return "1.0"
-    return "su" if strategy == "evolution" else "method"
+    return "su" if method == "evolution" else "method"
 
 
 def _check_gguf(config: SearchConfig, numbers: RopeNumbers) -> None:
@@ -264,6 +283,10 @@ def _check_gguf(config: SearchConfig, numbers: RopeNumbers) -> None:
         )
     if config.start_tokens != (0,):
         raise LongRopeError("a GGUF cannot hold start tokens: leave --start-tokens out, or search with --for hf")
+    if config.learn_short_attention:
+        raise LongRopeError(
+            "a GGUF holds one attention factor for both sets: leave --learn-short-attention out, or search with --for hf"
+        )
     if config.sets:
         raise LongRopeError("a GGUF holds no sets for lengths in between: leave --sets out, or search with --for hf")
 

@@ -9,10 +9,12 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from longrope_export.errors import ScalingError
+from longrope_export.errors import LongRopeError, ScalingError
+from longrope_export.evaluation.documents import row_digest
 from longrope_export.fingerprint import fingerprint_model
 from longrope_export.lengths import resolve_length
 from longrope_export.search.config import MOST_DOCUMENTS, SearchConfig, parse_budget
@@ -148,12 +150,16 @@ def search_measured(
 def search_parts(
     rows: Sequence[npt.ArrayLike], numbers: RopeNumbers, config: SearchConfig, bos: int | None, tokenizer: Any = None
 ) -> Parts:
-    """The documents of every part of a search; raises `TextTooShortError`, and `LongRopeError` as `Mixture.documents`."""
+    """The documents of every part of a search.
+
+    Raises `TextTooShortError`, and `LongRopeError` as `Mixture.documents` or for a row that two parts would share.
+    """
     plain = split_rows(
         rows, documents=config.documents, validation=config.validation_documents, report=config.report_documents,
         window=numbers.short_window, target=numbers.target, bos=bos, lengths=set_lengths(config, numbers),
         early_length=early_length(config, numbers),
     )  # fmt: skip
+    _check_disjoint(plain)
     parts = with_plain_losses(plain)
     if config.mixture.is_perplexity:
         return parts
@@ -166,6 +172,19 @@ def search_parts(
         first = tuple(row[: numbers.short_window] for row in plain[part])
         parts[part] = config.mixture.documents(plain[part], first, tokenizer, (config.seed, 2, 2))
     return parts
+
+
+def _check_disjoint(plain: Mapping[str, Sequence[npt.NDArray[np.int64]]]) -> None:
+    seen: dict[bytes, str] = {}
+    for part in (SEARCH, VALIDATION, REPORT):
+        named = {row_digest(row): f"{part} document {number}" for number, row in enumerate(plain[part], 1)}
+        for digest, name in named.items():
+            if digest in seen:
+                raise LongRopeError(
+                    f"{name} is the same as {seen[digest]}: what is searched on, what chooses and what is reported on "
+                    "must be different texts"
+                )
+        seen |= named
 
 
 def set_lengths(config: SearchConfig, numbers: RopeNumbers) -> tuple[int, ...]:
@@ -199,11 +218,19 @@ def new_plan(
 
     def measured() -> Timing:
         found = timing or probe(objective, numbers, config.method == "gradient", early_length(config, numbers))
-        # A population keeps every worker busy; a descent asks for a few documents at a time.
-        at_once = 1 if config.executor == "local" or config.method == "gradient" else config.worker_count
-        return Timing(*(seconds / at_once for seconds in astuple(found)))
+        return shared_timing(config, found)
 
     return make_plan(config, sizes, measured)
+
+
+def at_once(config: SearchConfig) -> int:
+    """Passes that are made at the same time: a population keeps every worker busy, a descent asks for a few at a time."""
+    return 1 if config.executor == "local" or config.method == "gradient" else config.worker_count
+
+
+def shared_timing(config: SearchConfig, timing: Timing) -> Timing:
+    """What a pass takes of a search's time, from the `timing` of one pass alone."""
+    return Timing(*(seconds / at_once(config) for seconds in astuple(timing)))
 
 
 def _sizes(config: SearchConfig, numbers: RopeNumbers, documents: Mapping[str, int]) -> Sizes:

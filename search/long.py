@@ -17,6 +17,7 @@ from longrope_export.search.plan import Plan
 from longrope_export.search.protocol import SEARCH, VALIDATION, Strategy
 from longrope_export.search.space import Candidate, RopeNumbers, closed_form
 from longrope_export.search.strategies.critical_dimension import CriticalIndexSearch, Recorded
+from longrope_export.search.strategies.evolution import Evolution
 from longrope_export.search.strategies.gradient import Descent
 
 # Algorithm 1's seeds. The paper says YaRN, which is frequency-linear; the released code seeds with the
@@ -58,7 +59,7 @@ class LongSearch:
         self._evaluator, self._numbers, self._config, self._plan = evaluator, numbers, config, plan
         attention = config.attention_factor(numbers)
         self.closed_forms = {name: closed_form(name, numbers, attention) for name in config.baselines}
-        self._named = self.closed_forms | ({INIT: init} if init else {})
+        self.named = self.closed_forms | ({INIT: init} if init else {})
         self._init = init
         self.strategy: Recorded | None = None
 
@@ -70,20 +71,20 @@ class LongSearch:
         """
         if self._config.keep_long and self._init:
             return self._kept(self._init)
-        losses = self._evaluator.mean_losses(list(self._named.values()), VALIDATION)
+        losses = self._evaluator.mean_losses(list(self.named.values()), VALIDATION)
         _check_effect(losses, self._numbers)
         search: dict[str, float] = {}
         self.strategy = strategy = self._strategy(search)
         self._evaluator.run(strategy)
-        named = self._named | {SEARCHED: self._best(strategy)}
+        named = self.named | {SEARCHED: self._best(strategy)}
         losses = self._evaluator.mean_losses(list(named.values()), VALIDATION)
         validation = {name: perplexity(loss) for name, loss in zip(named, losses)}
         chosen = min(named, key=lambda name: (validation[name], name == SEARCHED))
         if not math.isfinite(validation[chosen]):
             raise NumericalError("every candidate's loss is NaN or infinite; try --dtype float32")
         search[SEARCHED] = self._final_search(strategy, named[SEARCHED])
-        compared = strategy.losses if isinstance(strategy, CriticalIndexSearch) else {}
-        critical = {index: perplexity(loss) for index, loss in compared.items()}
+        compared = strategy.losses if isinstance(strategy, CriticalIndexSearch | Evolution) else {}
+        critical = {index: perplexity(loss) for index, loss in compared.items() if self._config.critical_indices}
         return LongResult(named[chosen], chosen, search, validation, tuple(strategy.history), critical)
 
     def _kept(self, init: Candidate) -> LongResult:
@@ -96,7 +97,8 @@ class LongSearch:
         if config.method == "evolution":
             attention = config.attention_factor(self._numbers)
             start = self._numbers.unchanged(1.0 if attention is None else attention)
-            return build(self._evaluator, config, self._numbers, self._phase(start))
+            phase = replace(self._phase(start), critical_indices=config.critical_indices or ())
+            return build(self._evaluator, config, self._numbers, phase)
         starts = {INIT: self._init} if self._init else self.closed_forms
         losses = self._evaluator.mean_losses(list(starts.values()), SEARCH, self._plan.baseline_documents)
         search |= {name: perplexity(loss) for name, loss in zip(starts, losses)}
@@ -127,7 +129,7 @@ class LongSearch:
             parts=(SEARCH, VALIDATION),
             descent=Descent(plan.steps, plan.documents_per_step, plan.checkpoints, plan.early_steps),
             evaluations=plan.evaluations,
-            bound=config.bound * self._numbers.scale,
+            bound=config.bound_multiple * self._numbers.scale,
             learn_attention=bool(config.learn_attention),
             seed=(config.seed, 0),
             evolution=config.evolution,

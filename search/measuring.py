@@ -15,7 +15,15 @@ from longrope_export.runtimes import llamacpp
 from longrope_export.runtimes.llamacpp_library import library_identity, library_path
 from longrope_export.search.config import LLAMACPP, SearchConfig
 from longrope_export.search.documents import Parts
-from longrope_export.search.executors import InProcess, ModelSource, ObjectiveSource, Processes, RayWorkers, check_ray
+from longrope_export.search.executors import (
+    InProcess,
+    ModelSource,
+    ObjectiveSource,
+    Processes,
+    RayWorkers,
+    check_ray,
+    cluster_threads,
+)
 from longrope_export.search.journal import Journal
 from longrope_export.search.llamacpp_objective import LlamaCppSource, Patcher
 from longrope_export.search.protocol import Executor
@@ -41,7 +49,7 @@ def check_measuring(config: SearchConfig, kind: str, patch: Patcher | None) -> N
     if config.method == "gradient":
         raise LongRopeError(
             "llama.cpp gives no gradients: --objective llamacpp needs --strategy evolution or cmaes "
-            "(or critical-dim with --optimiser cmaes)"
+            "(or critical-dim with --optimiser cmaes or evolution)"
         )
     if patch is None:
         raise LongRopeError("the objective llamacpp needs patch=longrope_export.converters.gguf.patch.patch_gguf")
@@ -49,9 +57,13 @@ def check_measuring(config: SearchConfig, kind: str, patch: Patcher | None) -> N
 
 
 def worker_threads(config: SearchConfig) -> int | None:
-    """CPU threads of one worker: those asked for, else an even share of the machine's; None leaves it to torch."""
+    """CPU threads of one worker: those asked for, else an even share of this machine's, or of the Ray cluster's where
+    one runs; None leaves it to torch.
+    """
     if config.threads is not None or config.executor == "local":
         return config.threads
+    if config.executor == "ray" and (found := cluster_threads(config.worker_count)):
+        return found
     return max(1, llamacpp.default_threads() // config.worker_count)
 
 

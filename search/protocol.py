@@ -34,7 +34,10 @@ class Trial:
 
 @dataclass(frozen=True)
 class Outcome:
-    """An answer: mean cross entropy in nats per token (inf where not finite), and its gradient in (log λ …, log m)."""
+    """An answer: mean cross entropy in nats per token (inf where not finite), and its gradient in (log λ …, log m).
+
+    The gradient has [pairs + 1] values, in nats; it may hold ones that are not finite.
+    """
 
     loss: float
     gradient: tuple[float, ...] | None = None

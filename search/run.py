@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from longrope_export.errors import LongRopeError, OutputError, UnsupportedModelE
 from longrope_export.files import write_text
 from longrope_export.fingerprint import fingerprint
 from longrope_export.lengths import resolve_length
+from longrope_export.scaling import RopeScaling
 from longrope_export.search.config import LLAMACPP, SearchConfig
 from longrope_export.search.executors import InProcess
 from longrope_export.search.factors import (
@@ -67,7 +69,7 @@ def run_search(config: SearchConfig, progress: Progress | None = None, patch: Pa
     What is wrong with the input is found before the weights are read. A search stopped in the same folder is
     continued; the objective "llamacpp" needs `patch`, the function `patch_gguf`. On Ctrl-C the best so far is written
     and `SearchStopped` raised. Raises `LongRopeError` and its kinds: a text shorter than L', a window that does not
-    grow, an unknown architecture, longrope factors that are already there, a folder that belongs to something else.
+    grow, an unknown architecture, dynamic NTK scaling, a folder that belongs to something else.
     """
     with opened(config, patch) as inputs:
         assert config.out is not None
@@ -76,10 +78,30 @@ def run_search(config: SearchConfig, progress: Progress | None = None, patch: Pa
             result = _search(config, inputs, config.out / JOURNAL, progress, patch)
         except SearchStopped as stopped:
             if stopped.best:
-                write_text(config.out / RECORD, stopped.best.scaling.to_json(), overwrite=True)
+                _write_best(config.out / RECORD, stopped.best.scaling.to_json())
             raise
         write_text(config.out / RECORD, result.scaling.to_json(), overwrite=True)
     return result
+
+
+def _write_best(path: Path, record: str) -> None:
+    """Write the best so far, unless a record of the same search is there that is complete or comes from further on.
+
+    A search that is stopped while it goes through its journal again knows less than when it was stopped before.
+    """
+    with contextlib.suppress(OSError, UnicodeDecodeError, LongRopeError):
+        there, now = (RopeScaling.from_json(text).provenance for text in (path.read_text("utf-8"), record))
+        same = all(there.get(name) == now.get(name) for name in ("model", "configuration", "data", "init"))
+        if same and _progress(there) > _progress(now):
+            return
+    write_text(path, record, overwrite=True)
+
+
+def _progress(provenance: Mapping[str, Any]) -> tuple[bool, float, float]:
+    """How far a search was when it left its record: complete, what it had spent, and how good its best was."""
+    known = [*provenance["search_perplexity"].values(), *provenance["validation_perplexity"].values()]
+    spent = provenance["evaluations"] + provenance["validation_evaluations"]
+    return provenance["complete"], spent, -min((value for value in known if value is not None), default=math.inf)
 
 
 def _search(

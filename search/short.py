@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from longrope_export.errors import NumericalError
 from longrope_export.search.build import Phase, build
 from longrope_export.search.config import SearchConfig
 from longrope_export.search.documents import in_between
@@ -29,6 +30,7 @@ class ShortResult:
     candidate: Candidate
     original_perplexity: float | None = None
     searched_perplexity: float | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -38,28 +40,30 @@ class SetResult:
     candidate: Candidate
     chosen: str
     validation: Mapping[str, float]
+    notes: tuple[str, ...] = ()
 
 
 def search_short(
     evaluator: Evaluator, numbers: RopeNumbers, config: SearchConfig, plan: Plan, attention: float
 ) -> ShortResult:
     """Search at length L with the short set; it replaces the original only if its validation perplexity is lower by
-    more than `config.short_margin` (a share). Both have the attention factor `attention`. Nothing is searched when the
-    plan gives it no budget.
+    more than `config.short_margin` (a share). Both have the attention factor `attention`, from which
+    `config.learn_short_attention` lets the searched one go. Nothing is searched when the plan gives it no budget.
     """
     original = numbers.short_original(attention)
     if not (plan.short_steps or plan.short_evaluations):
         return ShortResult(original)
     inside = numbers.inside(numbers.short_window)
     phase = _phase(config, inside.unchanged(attention), plan.short_steps, plan.short_evaluations, numbers.short_window)
+    phase = replace(phase, learn_attention=config.learn_short_attention)
     strategy = _built(evaluator, config, numbers, inside, phase)
-    evaluator.run(strategy)
+    notes = _run(evaluator, strategy, "the short set")
     candidates = list(dict.fromkeys([original, *strategy.finalists()]))
     losses = evaluator.mean_losses(candidates, SHORT_VALIDATION)
     found = min(range(1, len(losses)), key=losses.__getitem__, default=0)
     before, after = perplexity(losses[0]), perplexity(losses[found])
     better = after < before * (1.0 - config.short_margin)
-    return ShortResult(candidates[found] if better else original, before, after)
+    return ShortResult(candidates[found] if better else original, before, after, notes)
 
 
 def search_set(
@@ -89,15 +93,15 @@ def search_set(
     phase = _phase(config, start, plan.set_steps, plan.set_evaluations, numbers.window)
     phase = replace(
         phase, seeds=[own[name] for name in EVOLUTION_SEEDS], parts=parts, seed=(config.seed, length),
-        bound=config.bound * here.scale, start_tokens=(short.start_tokens,),
+        bound=config.bound_multiple * here.scale, start_tokens=(short.start_tokens,),
     )  # fmt: skip
     strategy = _built(evaluator, config, numbers, here, phase)
-    evaluator.run(strategy)
+    notes = _run(evaluator, strategy, f"the set for {length:,} tokens")
     named |= {f"searched {index}": each for index, each in enumerate(strategy.finalists())}
     losses = evaluator.mean_losses(list(named.values()), parts[1])
     validation = {name: perplexity(loss) for name, loss in zip(named, losses)}
     chosen = min(validation, key=validation.__getitem__)
-    return SetResult(named[chosen], chosen, validation)
+    return SetResult(named[chosen], chosen, validation, notes)
 
 
 def retention(evaluator: Evaluator, numbers: RopeNumbers, short: Candidate, long: Candidate) -> dict[str, float]:
@@ -105,6 +109,15 @@ def retention(evaluator: Evaluator, numbers: RopeNumbers, short: Candidate, long
     candidates = {"unchanged": numbers.short_original(), "short factors": short, "long factors": long}
     losses = evaluator.mean_losses(list(candidates.values()), SHORT_VALIDATION)
     return {name: perplexity(loss) for name, loss in zip(candidates, losses)}
+
+
+def _run(evaluator: Evaluator, strategy: Recorded, name: str) -> tuple[str, ...]:
+    """Run it to its end, and give what the user should know: a set that cannot be searched ends no search."""
+    try:
+        evaluator.run(strategy)
+    except NumericalError as error:
+        return (f"{name} was not searched: {error}",)
+    return tuple(f"{name}: {note}" for note in strategy.notes)
 
 
 def _built(

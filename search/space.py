@@ -162,6 +162,8 @@ class RopeNumbers:
 def closed_form(name: str, numbers: RopeNumbers, attention_factor: float | None = None) -> Candidate:
     """The candidate of a closed-form method, on top of what the model has; its own attention factor unless given.
 
+    Its factors [pairs] are relative to the present ones, for the window `numbers.target`.
+
     Raises `ScalingError` for an unknown method or a model that it cannot serve.
     """
     result = method_factors(
@@ -178,10 +180,11 @@ def closed_form(name: str, numbers: RopeNumbers, attention_factor: float | None 
 
 @dataclass(frozen=True)
 class Individual:
-    """A point of the grid: λ_i = 1 + genes[i] · step, and the value of n̂."""
+    """A point of the grid: λ_i = 1 + genes[i] · step, and the value of n̂; of LongRoPE2's, also its critical index."""
 
     genes: tuple[int, ...]
     start_tokens: int = 0
+    critical: int = 0
 
 
 @dataclass(frozen=True)
@@ -215,26 +218,19 @@ class PaperSpace:
         factors = tuple(1.0 + gene * self.step for gene in individual.genes)
         return Candidate(factors, attention_factor, individual.start_tokens)
 
+    def first(self, seeds: Sequence[Candidate], count: int, generator: np.random.Generator) -> list[Individual]:
+        """The seeds on the grid: the first of `count` individuals, whose others are their mutants."""
+        return [self.nearest(seed.factors) for seed in seeds]
+
     def nearest(self, factors: Sequence[float]) -> Individual:
         """The grid point next to `factors`, clipped to the bounds and made non-decreasing by a running maximum."""
         genes = np.rint((np.asarray(factors, dtype=np.float64) - 1.0) / self.step).astype(np.int64)
         return _individual(np.maximum.accumulate(np.clip(genes, 0, self.top)), self.start_tokens[0])
 
     def mutate(self, parent: Individual, probability: float, generator: np.random.Generator) -> Individual:
-        """Redraw each gene with `probability`, uniformly between the next smaller and the next larger λ, and n̂.
-
-        Between the *neighbours* a gene inside a flat run (PI is one, YaRN has two) could never move. Sorting brings
-        redrawn members of a run into order; others are in order already or change places with a neighbour.
-        """
-        genes = np.array(parent.genes, dtype=np.int64)
-        distinct = np.concatenate([[0], np.unique(genes), [self.top]])
-        place = np.searchsorted(distinct[1:-1], genes) + 1
-        drawn = generator.integers(distinct[place - 1], distinct[place + 1], endpoint=True)
-        chosen = generator.random(self.pairs) < probability
-        start = parent.start_tokens
-        if generator.random() < probability:
-            start = self.start_tokens[int(generator.integers(len(self.start_tokens)))]
-        return _individual(np.sort(np.where(chosen, drawn, genes)), start)
+        """Redraw each gene with `probability`, uniformly between the next smaller and the next larger λ, and n̂."""
+        genes = redrawn(np.array(parent.genes, dtype=np.int64), 0, self.top, probability, generator)
+        return _individual(genes, redrawn_start(parent, self.start_tokens, probability, generator))
 
     def cross(self, first: Individual, second: Individual, generator: np.random.Generator) -> Individual:
         """Take each gene and n̂ from either parent; sorting then keeps every λ between its two parents'."""
@@ -242,6 +238,27 @@ class PaperSpace:
         genes = np.sort(np.where(of_first, first.genes, second.genes))
         start = first.start_tokens if generator.random() < 0.5 else second.start_tokens
         return _individual(genes, start)
+
+
+def redrawn(genes: Genes, low: int, top: int, probability: float, generator: np.random.Generator) -> Genes:
+    """Non-decreasing genes [n], each redrawn with `probability` between the next smaller and the next larger one.
+
+    `low` and `top` stand beyond the ends. Between the *neighbours* a gene inside a flat run (PI is one, YaRN has two)
+    could never move. Sorting brings redrawn members of a run into order; others are in order already or change places
+    with a neighbour.
+    """
+    distinct = np.concatenate([[low], np.unique(genes), [top]])
+    place = np.searchsorted(distinct[1:-1], genes) + 1
+    drawn = generator.integers(distinct[place - 1], distinct[place + 1], endpoint=True)
+    chosen = generator.random(len(genes)) < probability
+    return np.sort(np.where(chosen, drawn, genes))
+
+
+def redrawn_start(parent: Individual, values: Sequence[int], probability: float, generator: np.random.Generator) -> int:
+    """n̂ of a mutant: with `probability` any of `values`, else the parent's."""
+    if generator.random() < probability:
+        return values[int(generator.integers(len(values)))]
+    return parent.start_tokens
 
 
 def _individual(genes: Genes, start_tokens: int) -> Individual:

@@ -72,7 +72,7 @@ class Stages:
             if (found := self._evaluator.best_known(part)) is None:
                 continue
             candidate, loss = found
-            names = {each: name for name, each in self._long_search.closed_forms.items()}
+            names = {each: name for name, each in reversed(self._long_search.named.items())}
             name = names.get(candidate, SEARCHED)
             scores: dict[str, dict[str, float]] = {SEARCH: {}, VALIDATION: {}, part: {name: perplexity(loss)}}
             strategy = self._long_search.strategy
@@ -102,7 +102,9 @@ class Stages:
         complete: bool,
     ) -> SearchResult:
         searched, other = self._spent(search=True), self._spent(search=False)
-        short_chosen = ORIGINAL if short.candidate.factors == self._numbers.short_original().factors else SEARCHED
+        original = self._numbers.short_original(self._shared_attention(long.candidate))
+        now = (short.candidate.factors, short.candidate.attention_factor)
+        short_chosen = ORIGINAL if now == (original.factors, original.attention_factor) else SEARCHED
         provenance = {
             "method": "search",
             "strategy": self._config.strategy,
@@ -153,6 +155,9 @@ class Stages:
             notes.append("the budget is too small to search the short set; it is the original one")
         if config.sets and not (plan.set_steps or plan.set_evaluations):
             notes.append("the budget is too small to search the sets in between; there are none")
+        notes += self._long_search.strategy.notes if self._long_search.strategy else ()
+        notes += self._short.notes if self._short else ()
+        notes += [note for found in self._sets.values() for note in found.notes]
         if not config.mixture.is_perplexity:
             notes.append(f"perplexities on search and validation documents are exp of the objective {config.objective}")
         return tuple(notes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,6 +143,12 @@ def _names(ctx: click.Context, param: click.Parameter, text: str | None) -> tupl
     help="gradient, cmaes: search the attention factor too.  [default: yes, no for gguf]",
 )
 @click.option(
+    "--learn-short-attention",
+    is_flag=True,
+    default=None,
+    help="gradient, cmaes: search the short set's attention factor too; not for gguf, which has one for both.",
+)
+@click.option(
     "--constraint",
     type=click.Choice(["none", "monotone", "paper"]),
     help="gradient, cmaes: keep λ non-decreasing, or also within the paper's bounds.  [default: monotone, cmaes none]",
@@ -170,7 +176,9 @@ def _names(ctx: click.Context, param: click.Parameter, text: str | None) -> tupl
 )
 @click.option("--documents-per-step", type=int, help="gradient: documents a step.  [default: grows with the budget]")
 @click.option(
-    "--bound", type=float, help="Largest λ, as a multiple of s (evolution, constraint paper).  [default: 1.25]"
+    "--bound",
+    type=float,
+    help="Largest λ, as a multiple of s (evolution, constraint paper).  [default: 1.25; critical-dim by evolution 2.0]",
 )
 @click.option("--step", type=float, help="evolution: grid of λ.  [default: 0.01]")
 @click.option(
@@ -192,16 +200,20 @@ def _names(ctx: click.Context, param: click.Parameter, text: str | None) -> tupl
     help="evolution, cmaes: drop clear losers before all documents are measured.  [default: yes for cmaes]",
 )
 @click.option(
-    "--optimiser", type=click.Choice(["gradient", "cmaes"]), help="critical-dim: what moves λ.  [default: gradient]"
+    "--optimiser",
+    type=click.Choice(["gradient", "cmaes", "evolution"]),
+    help="critical-dim: what moves λ; evolution is LongRoPE2's own.  [default: gradient]",
 )
 @click.option(
     "--critical-index",
     "critical_indices",
     callback=_numbers,
     metavar="N,N…",
-    help="critical-dim: indices to try.  [default: 4 from ten turns in the window to one]",
+    help="critical-dim: indices to try.  [default: 4 from ten turns in the window to one; evolution: all of these]",
 )
-@click.option("--dry-run", is_flag=True, help="Print the plan, its memory and its time; search nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Print the plan, its memory and its time; search nothing. Not with llamacpp."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")  # fmt: skip
 def search(as_json: bool, dry_run: bool, **options: Any) -> None:
     """Search RoPE rescale factors that make MODEL (an HF folder or a GGUF file) work at a longer window.
@@ -265,13 +277,6 @@ def search_config(options: dict[str, Any]) -> SearchConfig:
     given = {name: value for name, value in options.items() if value is not None}
     strategy = given.get("strategy", SearchConfig.strategy)
     method = given.get("optimiser", SearchConfig.optimiser) if strategy == "critical-dim" else strategy
-    for name in ("optimiser", "critical_indices"):
-        if name in given and strategy != "critical-dim":
-            raise click.UsageError(f"--{name.replace('_indices', '-index')} belongs to --strategy critical-dim")
-    if {"early_length", "early_share"} & given.keys() and (method != "gradient" or "early_length" not in given):
-        raise click.UsageError("--early-share needs --early-length, and both belong to --strategy gradient")
-    if given.get("race") and method == "gradient":
-        raise click.UsageError("--race belongs to --strategy evolution or cmaes")
     base = EvolutionOptions()
     if given.pop("paper_large", False):
         if method != "evolution":
@@ -284,19 +289,71 @@ def search_config(options: dict[str, Any]) -> SearchConfig:
         if other := sorted(known & given.keys()):
             raise click.UsageError(f"--{other[0].replace('_', '-')} belongs to --strategy {name}")
     records[method] = dataclasses.replace(records[method], **own)
-    return SearchConfig(**given, **records)
+    config = SearchConfig(**given, **records)
+    for name, (wanted, fits) in _FITS.items():
+        if given.get(name, False) is not False and not fits(config):
+            raise click.UsageError(f"--{name.replace('_indices', '-index').replace('_', '-')} belongs to {wanted}")
+    return config
+
+
+def _has_bounds(config: SearchConfig) -> bool:
+    constraint = config.cmaes.constraint if config.method == "cmaes" else config.gradient.constraint
+    return config.method == "evolution" or constraint == "paper"
+
+
+# Options that another one makes meaningless: what each belongs to, and whether a search is of that kind. What is ignored
+# is refused; --no-… of an option is what such a search does anyway.
+_FITS: Mapping[str, tuple[str, Callable[[SearchConfig], bool]]] = {
+    "optimiser": ("--strategy critical-dim", lambda config: config.strategy == "critical-dim"),
+    "critical_indices": ("--strategy critical-dim", lambda config: config.strategy == "critical-dim"),
+    "early_length": ("--strategy gradient", lambda config: config.method == "gradient"),
+    "early_share": ("--early-length", lambda config: config.early_length is not None),
+    "race": ("--strategy evolution or cmaes", lambda config: config.method != "gradient"),
+    "learn_attention": (
+        "--strategy gradient or cmaes without --keep-long",
+        lambda config: config.method != "evolution" and not config.keep_long,
+    ),
+    "learn_short_attention": (
+        "--short search with --strategy gradient or cmaes",
+        lambda config: config.short == "search" and config.method != "evolution",
+    ),
+    "init": (
+        "--strategy gradient or cmaes, which start from it, or to --keep-long",
+        lambda config: config.method != "evolution" or config.keep_long,
+    ),
+    "step": ("--strategy evolution", lambda config: config.method == "evolution"),
+    "bound": ("--strategy evolution or --constraint paper", _has_bounds),
+    "short_bound": (
+        "--short search with --strategy evolution or --constraint paper",
+        lambda config: config.short == "search" and _has_bounds(config),
+    ),
+    "short_share": (
+        "--short search without --keep-long",
+        lambda config: config.short == "search" and not config.keep_long,
+    ),
+    "short_margin": ("--short search", lambda config: config.short == "search"),
+    "sets_share": ("--sets without --keep-long", lambda config: bool(config.sets) and not config.keep_long),
+    "last_share": ("last in --objective", lambda config: "last" in config.mixture.weights),
+    "workers": ("--executor processes or ray", lambda config: config.executor != "local"),
+    "dtype": ("torch: llama.cpp takes the weights as the file has them", lambda config: config.engine == "torch"),
+}
 
 
 def _lines(result: SearchResult, config: SearchConfig) -> list[str]:
     scaling = result.scaling
     window, target = scaling.original_max_position_embeddings, scaling.max_position_embeddings
     what = "perplexity" if result.objective == "perplexity" else f"exp of {result.objective}"
+    fitted = [f"{what} on documents that were searched on:", *_table(result.search_perplexity)]
     report = [f"perplexity on {config.report_documents} report documents, which chose nothing:"]
+    report += _table(result.report_perplexity)
+    if not config.report_documents:
+        report = ["no report documents were asked for: with --report-documents N there are some that chose nothing"]
     return [
         f"{window:,} → {target:,} tokens: {result.chosen} long factors, {result.short_chosen} short factors",
+        *(fitted if result.search_perplexity else []),
         f"{what} on {config.validation_documents} validation documents of {target:,} tokens:",
         *_table(result.validation_perplexity),
-        *(report + _table(result.report_perplexity) if result.report_perplexity else []),
+        *report,
         f"perplexity at the window of {window:,} tokens:",
         *_table(result.retention),
         f"long factors {min(scaling.long_factor):.3f} to {max(scaling.long_factor):.3f}, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from longrope_export.errors import InputFileError, TextTooShortError
 from longrope_export.formats.gguf_header import read_gguf_header
 from longrope_export.formats.pre_tokenizers import PRE_TOKENIZERS, pre_tokenizer_json
 
+_LOG = logging.getLogger(__name__)
 # A larger file is read up to its last line break before this many bytes: that is more text than any run reads.
 MAX_BYTES = 64 << 20
 
@@ -157,9 +159,12 @@ def evaluation_rows(
     at_most: int | None = None,
     least: int | None = None,
 ) -> list[Row]:
-    """Rows of exactly `length` tokens from text files and folders; see `rows_from_texts`."""
-    texts = ((str(path), read_text(path)) for path in find_text_files(paths))
-    return rows_from_texts(texts, tokenizer, length, documents, at_most=at_most, least=least)
+    """Distinct rows of exactly `length` tokens from text files and folders, each read once; see `rows_from_texts`."""
+    files: dict[Path, Path] = {}
+    for path in find_text_files(paths):
+        files.setdefault(path.resolve(), path)
+    texts = ((str(path), read_text(path)) for path in files.values())
+    return rows_from_texts(texts, tokenizer, length, documents, at_most=at_most, least=least, distinct=True)
 
 
 def rows_from_texts(
@@ -170,14 +175,16 @@ def rows_from_texts(
     *,
     at_most: int | None = None,
     least: int | None = None,
+    distinct: bool = False,
 ) -> list[Row]:
     """Rows `[BOS if the tokenizer has one] + tokens`, each exactly `length` tokens, from (name, text) pairs.
 
     Every text that is long enough gives its beginning, in the given order; when that is fewer than
     `documents`, second pieces follow in the same order, then third ones: pieces of one text are consecutive
     and disjoint. With `least`, fewer than `documents` will do. Without `documents`, one row per text that is long
-    enough, `at_most` many. Texts that are too short are passed over. Raises `TextTooShortError`, naming the longest
-    text and its tokens, when the rows do not suffice.
+    enough, `at_most` many. Texts that are too short are passed over; with `distinct` so are rows that are there already,
+    because what is searched on must not choose. Raises `TextTooShortError`, naming the longest text and its tokens, when
+    the rows do not suffice.
     """
     if length < 2 or (documents is not None and documents < 1):
         raise TextTooShortError(f"{documents} documents of {length} tokens: at least 1 of 2 tokens is needed")
@@ -185,15 +192,22 @@ def rows_from_texts(
     body = length - len(bos)
     enough, each = documents or at_most, documents or 1
     pieces: list[list[Row]] = []
+    seen: dict[bytes, str] = {}
+    repeats: list[str] = []
     longest, most = "the data", 0
     for name, text in texts:
         ids = encode(tokenizer, text)
         if len(ids) + len(bos) > most:
             longest, most = name, len(ids) + len(bos)
-        if rows := list(itertools.islice(_pieces(name, ids, bos, body), each)):
+        rows = list(itertools.islice(_pieces(name, ids, bos, body), each))
+        if distinct:
+            rows = _different(rows, seen, repeats)
+        if rows:
             pieces.append(rows)
         if enough is not None and len(pieces) >= enough:
             break
+    if repeats:
+        _LOG.warning("rows that repeat others are left out: %s (%d in all)", repeats[0], len(repeats))
     rows = _round_robin(pieces)[:documents]
     needed = least or documents or 1
     if len(rows) < needed:
@@ -204,6 +218,19 @@ def rows_from_texts(
 def _pieces(name: str, ids: list[int], bos: list[int], body: int) -> Iterator[Row]:
     for number, start in enumerate(range(0, len(ids) - body + 1, body), 1):
         yield Row(name if number == 1 else f"{name}#{number}", np.array(bos + ids[start : start + body]))
+
+
+def _different(rows: Iterable[Row], seen: dict[bytes, str], repeats: list[str]) -> list[Row]:
+    """Those of `rows` that are not in `seen`, which gets them by name; `repeats` gets a word on the others."""
+    kept = []
+    for row in rows:
+        digest = row_digest(row.token_ids)
+        if digest in seen:
+            repeats.append(f"{row.name} is the same as {seen[digest]}")
+        else:
+            seen[digest] = row.name
+            kept.append(row)
+    return kept
 
 
 def _round_robin(pieces: list[list[Row]]) -> list[Row]:
@@ -230,6 +257,11 @@ def data_hash(rows: Sequence[Row]) -> str:
         digest.update(len(row.token_ids).to_bytes(8, "little"))
         digest.update(row.token_ids.astype("<i8").tobytes())
     return digest.hexdigest()
+
+
+def row_digest(token_ids: npt.NDArray[np.int64]) -> bytes:
+    """SHA-256 of one row's token ids: equal exactly when the rows are."""
+    return hashlib.sha256(token_ids.astype("<i8").tobytes()).digest()
 
 
 def iter_ids(rows: Sequence[Row | npt.ArrayLike]) -> Iterator[npt.NDArray[np.int64]]:

@@ -1,4 +1,7 @@
-"""CMA-ES on the increments of log λ, through the `cmaes` library: for black boxes and for polishing."""
+"""CMA-ES on the increments of log λ, through the `cmaes` library: for black boxes and for polishing.
+
+Source: N. Hansen, The CMA Evolution Strategy: A Tutorial, arXiv 1604.00772, which the library follows.
+"""
 
 from __future__ import annotations
 
@@ -102,6 +105,7 @@ class CmaEs:
         self._validating: Candidate | None = None
         self._checkpoints: list[tuple[float, Candidate]] = []
         self.history: list[float] = []
+        self.notes: list[str] = []
 
     def ask(self) -> list[Trial]:
         """What is left of a generation's race, a checkpoint's validation losses, or the next generation."""

@@ -1,4 +1,4 @@
-"""LongRoPE2's structure with its critical index searched: one optimiser per index, halved by paired comparison."""
+"""LongRoPE2's structure with its critical index searched: one optimiser per index, halved on the same documents."""
 
 from __future__ import annotations
 
@@ -20,11 +20,16 @@ _TURNS = 10.0
 
 
 class Recorded(Strategy, Protocol):
-    """A strategy that keeps the course of its losses."""
+    """A strategy that keeps the course of its losses, and remarks for the user."""
 
     @property
     def history(self) -> list[float]:
         """The best loss after each generation, or the loss at each step."""
+        ...
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What the user should know of its course."""
         ...
 
 
@@ -33,6 +38,11 @@ class CriticalIndexSearch:
 
     `arms` maps an index to its strategy. In each rung every arm is served `rounds` times; then the first finalist of
     each is measured on the first `documents` search documents, the same for all. The last arm runs to its end.
+
+    This is successive halving (arXiv 1502.07943), not the racing of a generation: an arm is unfinished, so a gap between
+    two of them says how far each has come, not which index is better in the end, and no test of that gap would be
+    evidence for dropping one. A fixed schedule always ends, and what the last arm gets is known when the budget is
+    divided; where two arms cannot be told apart, dropping either costs little.
     """
 
     def __init__(self, arms: Mapping[int, Recorded], rounds: int, documents: int, part: str = SEARCH) -> None:
@@ -41,6 +51,7 @@ class CriticalIndexSearch:
         self._served = 0
         self._sizes: list[int] = []
         self._comparing: list[Candidate] = []
+        self._all = dict(arms)
         self.losses: dict[int, float] = {}
 
     @property
@@ -52,6 +63,11 @@ class CriticalIndexSearch:
     def history(self) -> list[float]:
         """The course of the best arm."""
         return self._first().history
+
+    @property
+    def notes(self) -> list[str]:
+        """Those of every arm, by its index."""
+        return [f"critical index {index}: {note}" for index, arm in self._all.items() for note in arm.notes]
 
     def ask(self) -> list[Trial]:
         """A step of every arm, or the comparison at the end of a rung."""
@@ -102,12 +118,13 @@ def rung_sizes(arms: int) -> list[int]:
     return sizes
 
 
-def critical_indices(numbers: RopeNumbers) -> tuple[int, ...]:
-    """The indices to try: evenly from the pair that turns ten times within L to the one that turns once.
+def critical_indices(numbers: RopeNumbers, every: bool = False) -> tuple[int, ...]:
+    """The indices to try: from the pair that turns ten times within L to the one that turns once, `every` or a few evenly.
 
     LongRoPE2's real critical index lies below the theoretical one; see its algorithm 1.
     """
     periods = wavelengths(numbers.rope_theta, numbers.rotary_dim, numbers.base_factors)
     ends = [math.ceil(crossing(periods, numbers.window, turns)) for turns in (_TURNS, 1.0)]
     low, high = (min(max(end, 0), numbers.pairs - 1) for end in ends)
-    return tuple(sorted({round(place) for place in np.linspace(low, high, _INDICES)}))
+    count = max(high - low, 0) + 1 if every else _INDICES
+    return tuple(sorted({round(place) for place in np.linspace(low, high, count)}))

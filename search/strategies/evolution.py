@@ -1,16 +1,17 @@
-"""LongRoPE's evolution search, Algorithm 1 of arXiv 2402.13753."""
+"""LongRoPE's evolution search, Algorithm 1 of arXiv 2402.13753; with LongRoPE2's space, that of arXiv 2502.20082."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
 from longrope_export.errors import ScalingError
 from longrope_export.search.protocol import SEARCH, Outcome, Trial
-from longrope_export.search.space import Candidate, Individual, PaperSpace
+from longrope_export.search.space import Candidate, Individual
 from longrope_export.search.strategies.racing import Race, mean_loss
 
 # Draws of a child that was seen before, until the child is given up: only a nearly exhausted grid comes to this.
@@ -65,17 +66,38 @@ class EvolutionOptions:
         return self.population + self.iterations * (self.mutations + self.crossovers)
 
 
+class Space(Protocol):
+    """What individuals are and how they vary: `PaperSpace` or `CriticalSpace`."""
+
+    def first(self, seeds: Sequence[Candidate], count: int, generator: np.random.Generator) -> list[Individual]:
+        """The individuals that a population of `count` begins with."""
+        ...
+
+    def candidate(self, individual: Individual, attention_factor: float) -> Candidate:
+        """What is measured of an individual."""
+        ...
+
+    def mutate(self, parent: Individual, probability: float, generator: np.random.Generator) -> Individual:
+        """A mutant."""
+        ...
+
+    def cross(self, first: Individual, second: Individual, generator: np.random.Generator) -> Individual:
+        """A child of two."""
+        ...
+
+
 class Evolution:
     """Algorithm 1: seeds and their mutants, then per iteration N1 mutants and N2 crossovers of the best k so far.
 
-    `seeds` become the nearest grid points. One evaluation is one candidate on all `documents` of `part`; after
-    `evaluations` of them it stops wherever it is. A candidate is never proposed twice. With `race` (not in the paper)
-    candidates that will clearly not be among the best k are dropped before all documents are measured.
+    `seeds` become the nearest grid points where the space is LongRoPE's. One evaluation is one candidate on all
+    `documents` of `part`; after `evaluations` of them it stops wherever it is. A candidate is never proposed twice. With
+    `race` (not in the paper) candidates that will clearly not be among the best k are dropped before all documents are
+    measured. `losses` has the best loss by critical index.
     """
 
     def __init__(
         self,
-        space: PaperSpace,
+        space: Space,
         seeds: Sequence[Candidate],
         options: EvolutionOptions,
         *,
@@ -87,7 +109,7 @@ class Evolution:
         race: bool = False,
     ) -> None:
         self._space, self._options, self._generator, self._eliminate = space, options, generator, race
-        self._seeds = [space.nearest(seed.factors) for seed in seeds]
+        self._seeds = space.first(seeds, options.population, generator)
         self._documents, self._part, self._attention = documents, part, attention_factor
         self._left = evaluations * documents
         self._iteration = 0
@@ -96,7 +118,9 @@ class Evolution:
         self._seen: set[Individual] = set()
         self._told = 0
         self._scored: list[tuple[float, int, Individual, list[float]]] = []
+        self.losses: dict[int, float] = {}
         self.history: list[float] = []
+        self.notes: list[str] = []
 
     def ask(self) -> list[Trial]:
         """All trials of the next generation, or what is left of this one's race."""
@@ -115,6 +139,8 @@ class Evolution:
             (mean_loss(losses), self._told + index, self._asked[index], losses)
             for index, losses in self._race.survivors()
         ]
+        for loss, _, individual, _ in scored:
+            self.losses[individual.critical] = min(loss, self.losses.get(individual.critical, math.inf))
         self._told += len(self._asked)
         self._scored = sorted(self._scored + scored, key=lambda each: each[:2])[: self._options.parents]
         self._iteration += 1

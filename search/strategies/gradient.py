@@ -82,8 +82,9 @@ class GradientDescent:
 
     Each step takes the next documents of a seeded shuffle. At `checkpoints` evenly spaced steps the average of the
     last iterates is measured on the validation documents; after `patience` of them without a better one it stops.
+    Where a gradient is not finite it ends, with a checkpoint of the iterates before and a line in `notes`.
     `early` is where the plan's early steps are measured.
-    `turns` [pairs] is how often each pair turns within the window.
+    `turns` [pairs] is how often each pair turns within the window. Raises `NumericalError` for the first gradient.
     """
 
     def __init__(
@@ -113,16 +114,20 @@ class GradientDescent:
         self._early, self._early_shuffle = early, _Shuffle(early.documents, generator) if early else None
         self._validation, self._parts = validation_documents, parts
         self._step = 0
+        self._ended = False
         self._path: list[Array] = []
         self._checkpoint: Candidate | None = None
         self._checkpoints: list[tuple[float, Candidate]] = []
         self.history: list[float] = []
+        self.notes: list[str] = []
+        # Where the last finite gradient was measured.
+        self._measured = self._position.copy()
 
     def ask(self) -> list[Trial]:
         """A step's gradients, or a checkpoint's validation losses."""
         if self._checkpoint:
             return [Trial(self._checkpoint, self._parts[1], index) for index in range(self._validation)]
-        if self._step >= self._plan.steps or self._stalled():
+        if self._ended or self._step >= self._plan.steps or self._stalled():
             return []
         part, here, shuffle = self._parts[0], self._candidate(self._position), self._shuffle
         if self._early and self._early_shuffle and self._step < self._plan.early_steps:
@@ -138,8 +143,12 @@ class GradientDescent:
             self._checkpoints.append((loss, self._checkpoint))
             self._checkpoint = None
             return
-        self.history.append(math.fsum(outcome.loss for outcome in outcomes) / len(outcomes))
         gradient = _mean_gradient(outcomes)
+        if gradient is None:
+            self._end()
+            return
+        self.history.append(math.fsum(outcome.loss for outcome in outcomes) / len(outcomes))
+        self._measured = self._position.copy()
         self._move(np.append(self._space.gather(gradient[:-1]), gradient[-1]))
         self._path.append(self._position.copy())
         self._step += 1
@@ -148,8 +157,24 @@ class GradientDescent:
 
     def finalists(self) -> list[Candidate]:
         """The averaged iterates at the checkpoints and the last iterate, latest first."""
-        last = [self._candidate(self._position)] if self._path else []
+        last = [self._candidate(self._position)] if self._step else []
         return list(dict.fromkeys([candidate for _, candidate in reversed(self._checkpoints)] + last))
+
+    def _end(self) -> None:
+        """Back to the last iterate whose gradient was finite; the one after it is no iterate."""
+        if not self._step:
+            raise NumericalError(
+                "the gradient is NaN or infinite; lower --learning-rate, or use --dtype float32 or --strategy evolution"
+            )
+        self._ended = True
+        self.notes.append(
+            f"the gradient became NaN or infinite at step {self._step + 1} of {self._plan.steps}: the descent ended "
+            "there; lower --learning-rate, or use --dtype float32"
+        )
+        self._position = self._measured
+        self._path.pop()
+        if self._path:
+            self._checkpoint = self._candidate(self._averaged())
 
     def _move(self, gradient: Array) -> None:
         progress = (self._step + 1) / max(1.0, self._options.warm_up * self._plan.steps)
@@ -197,13 +222,10 @@ class _Adam:
         return np.asarray(first / (np.sqrt(second) + 1e-12))
 
 
-def _mean_gradient(outcomes: Sequence[Outcome]) -> Array:
+def _mean_gradient(outcomes: Sequence[Outcome]) -> Array | None:
+    """The mean [pairs + 1]; None where one is not finite."""
     gradients = np.array([outcome.gradient for outcome in outcomes], dtype=np.float64)
-    if not np.isfinite(gradients).all():
-        raise NumericalError(
-            "the gradient is NaN or infinite; lower --learning-rate, or use --dtype float32 or --strategy evolution"
-        )
-    return np.asarray(gradients.mean(axis=0))
+    return np.asarray(gradients.mean(axis=0)) if np.isfinite(gradients).all() else None
 
 
 class _Shuffle:

@@ -66,7 +66,7 @@ class LogSpace:
 
 
 def isotonic(values: Array) -> Array:
-    """The nearest non-decreasing sequence in least squares (pool adjacent violators)."""
+    """The nearest non-decreasing sequence in least squares, float64 [n] from float64 [n] (pool adjacent violators)."""
     pools: list[tuple[float, int]] = []
     for value in values.tolist():
         pools.append((value, 1))

@@ -1,4 +1,9 @@
-"""One generation of candidates on the same documents in the same order; clear losers are dropped on the way."""
+"""One generation of candidates on the same documents in the same order; clear losers are dropped on the way.
+
+Source: blocked racing (Moore and Lee, Efficient Algorithms for Minimizing Cross Validation Error, ICML 1994): paired
+differences on the documents seen so far, and an interval around their mean. Here one variance is pooled over the
+candidates, because two documents give none a variance of its own, and the rival is the last one that would be kept.
+"""
 
 from __future__ import annotations
 

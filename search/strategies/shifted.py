@@ -37,5 +37,10 @@ class Shifted:
         """The inner strategy's."""
         return self._inner.history
 
+    @property
+    def notes(self) -> Sequence[str]:
+        """The inner strategy's."""
+        return self._inner.notes
+
     def _shift(self, candidate: Candidate) -> Candidate:
         return replace(candidate, factors=tuple(a * b for a, b in zip(candidate.factors, self._unit, strict=True)))

@@ -157,6 +157,59 @@ def test_files_become_rows(tmp_path: Path, tiny_tokenizer: Any) -> None:
     assert row.token_ids.tolist() == [1, *encode(tiny_tokenizer, "hello")]
 
 
+def _named(rows: list[Any], folder: Path) -> list[str]:
+    return [Path(row.name).relative_to(folder).as_posix() for row in rows]
+
+
+def test_a_file_that_is_named_twice_is_read_once_where_it_stands_first(
+    tmp_path: Path, tiny_tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "in").mkdir()
+    for name, text in (("in/a.txt", "a" * 9 + "b" * 9), ("in/b.txt", "c" * 9), ("z.txt", "d" * 9)):
+        (tmp_path / name).write_text(text)
+    (tmp_path / "in" / "link.txt").symlink_to(tmp_path / "z.txt")
+    again = [tmp_path / "in" / "b.txt", tmp_path / "in", tmp_path / "in" / ".." / "in" / "a.txt", tmp_path / "z.txt"]
+    rows = evaluation_rows(again, tiny_tokenizer, 10, 9, least=1)
+    assert _named(rows, tmp_path) == ["in/b.txt", "in/a.txt", "in/link.txt", "in/a.txt#2"]
+    assert caplog.messages == []
+
+
+def test_a_row_that_repeats_another_one_is_left_out_and_the_next_text_takes_its_place(
+    tmp_path: Path, tiny_tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = {"a": "a" * 9 + "b" * 9, "copy": "a" * 9 + "b" * 9, "d": "d" * 9, "e": "e" * 9}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    assert _named(evaluation_rows([tmp_path], tiny_tokenizer, 10, 4), tmp_path) == ["a", "d", "e", "a#2"]
+    (line,) = caplog.messages
+    assert line == (
+        f"rows that repeat others are left out: {tmp_path / 'copy'} is the same as {tmp_path / 'a'} (2 in all)"
+    )
+    assert _named(evaluation_rows([tmp_path], tiny_tokenizer, 10, at_most=2), tmp_path) == ["a", "d"]
+    with pytest.raises(TextTooShortError, match="4 rows of 10 tokens and 5 documents"):
+        evaluation_rows([tmp_path], tiny_tokenizer, 10, 5)
+
+
+def test_rows_that_differ_are_dealt_as_ever(
+    tmp_path: Path, tiny_tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    letters = np.random.default_rng(0).choice(list("abcdef"), (3, 40))
+    texts = [(str(tmp_path / name), "".join(row)) for name, row in zip("pqr", letters)]
+    for name, text in texts:
+        Path(name).write_text(text)
+    rows = evaluation_rows([tmp_path], tiny_tokenizer, 10, 8)
+    expected = rows_from_texts(texts, tiny_tokenizer, 10, 8)
+    assert [row.name for row in rows] == [row.name for row in expected]
+    assert data_hash(rows) == data_hash(expected)
+    assert caplog.messages == []
+
+
+def test_equal_rows_of_texts_stay_unless_they_are_to_be_distinct(tiny_tokenizer: Any) -> None:
+    texts = [("a", "a" * 9), ("b", "a" * 9), ("c", "c" * 9)]
+    assert [row.name for row in rows_from_texts(texts, tiny_tokenizer, 10)] == ["a", "b", "c"]
+    assert [row.name for row in rows_from_texts(texts, tiny_tokenizer, 10, distinct=True)] == ["a", "c"]
+
+
 def test_the_hash_depends_on_tokens_and_on_where_rows_end(tiny_tokenizer: Any) -> None:
     def of(length: int, *texts: str) -> str:
         return data_hash(rows_from_texts([(text, text) for text in texts], tiny_tokenizer, length))

@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -19,13 +20,14 @@ from bowl import NUMBERS
 from toy_objective import ToySource, toy_outcome
 
 from longrope_export.errors import LongRopeError
-from longrope_export.search import documents, factors, mixture, short
+from longrope_export.search import config, documents, factors, mixture, short
 from longrope_export.search.config import SearchConfig
 from longrope_export.search.documents import REPORT
 from longrope_export.search.evaluator import Evaluator
 from longrope_export.search.executors import InProcess, Processes
 from longrope_export.search.factors import search_parts
 from longrope_export.search.journal import Journal
+from longrope_export.search.long import LongSearch
 from longrope_export.search.objective import ModelObjective
 from longrope_export.search.plan import Plan
 from longrope_export.search.protocol import SEARCH, VALIDATION, Outcome, Trial
@@ -242,6 +244,57 @@ def _one_depth(patch: pytest.MonkeyPatch) -> None:
     )
 
 
+def _answers_cut_off(patch: pytest.MonkeyPatch) -> None:
+    """The needle's document is built longer than the window and cut to it, as LongRoPE2's script does."""
+    real = mixture.needle_piece
+
+    def cut(row: Any, *rest: Any) -> mixture.Piece:
+        piece = real(np.concatenate([row, row[-5:]]), *rest)
+        return mixture.Piece(piece.token_ids[: len(row)], piece.weights[: len(row) - 1])
+
+    patch.setattr(mixture, "needle_piece", cut)
+
+
+def _one_document(patch: pytest.MonkeyPatch) -> None:
+    """The needles stand at all depths of the first document, as in LongRoPE2's first ten rows."""
+    real = mixture.Mixture.documents
+    patch.setattr(mixture.Mixture, "documents", lambda self, rows, *rest: real(self, [rows[0] for _ in rows], *rest))
+
+
+def _no_weights(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(mixture, "_weight", lambda text, value: 1.0)
+
+
+def _start_tokens_for_a_gguf(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(config, "_check_gguf", lambda *_: None)
+    patch.setattr(SearchConfig, "_start_tokens", lambda self, runtime, numbers: (0, 4, 16))
+
+
+def _attention_for_a_gguf(patch: pytest.MonkeyPatch) -> None:
+    real = config._default_attention
+    patch.setattr(config, "_default_attention", lambda runtime, method: real("hf", method))
+
+
+def _learned_attention_for_a_gguf(patch: pytest.MonkeyPatch) -> None:
+    real = SearchConfig.resolve
+    patch.setattr(SearchConfig, "resolve", lambda self, *rest: replace(real(self, *rest), learn_attention=True))
+
+
+def _swapped_retention(patch: pytest.MonkeyPatch) -> None:
+    real = short.retention
+    patch.setattr(short, "retention", lambda evaluator, numbers, first, second: real(evaluator, numbers, second, first))
+
+
+def _early_shift_times(factor: float, patch: pytest.MonkeyPatch) -> None:
+    real = LongSearch._early_shift
+    patch.setattr(LongSearch, "_early_shift", lambda self, name: tuple(factor * value for value in real(self, name)))
+
+
+def _without_init(patch: pytest.MonkeyPatch) -> None:
+    real = LongSearch._phase
+    patch.setattr(LongSearch, "_phase", lambda self, start, *rest: real(self, self.closed_forms["yarn"], *rest))
+
+
 FINITE_DIFFERENCE = _test("test_objective", "test_the_gradient_is_the_finite_difference", start_tokens=0)
 START_TOKENS = _test(
     "test_stages", "test_start_tokens_are_taken_only_where_they_are_better_on_both_parts",
@@ -275,6 +328,13 @@ NEEDLE = _test("test_mixture", "test_a_needle_is_answered_at_the_end_and_only_th
 DEPTHS = _test("test_mixture", "test_depths_are_stratified_over_distinct_documents_with_distinct_keys")
 
 
+WEIGHTS = _test("test_mixture", "test_text_and_answer_are_scored_in_one_pass")
+GGUF = _test("test_search_factors", "test_a_gguf_search_finds_only_what_a_gguf_holds")
+RETENTION = _test("test_stages", "test_retention_is_measured_unchanged_with_the_short_and_with_the_long_set")
+EARLY = _test("test_starts", "test_early_steps_begin_at_the_same_structure_for_the_early_length", begins="yarn")
+POLISHING = _test("test_starts", "test_cmaes_polishes_its_init")
+
+
 def _arrival(tiny: Any, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     strategies = _loaded("test_strategies")
     strategies.test_the_result_does_not_depend_on_the_order_of_arrival(strategies._evolution)
@@ -297,6 +357,16 @@ MUTANTS: Mapping[str, tuple[Check, Mutant]] = {
     "the attention factor's gradient is dropped": (FINITE_DIFFERENCE, _no_attention_gradient),
     "the needle's answer is off by one": (NEEDLE, _answers_off_by_one),
     "all needles at one depth": (DEPTHS, _one_depth),
+    "all needles in one document": (DEPTHS, _one_document),
+    "the needle's answer is cut off": (NEEDLE, _answers_cut_off),
+    "the objective's weights are ignored": (WEIGHTS, _no_weights),
+    "start tokens for a GGUF": (GGUF, _start_tokens_for_a_gguf),
+    "an attention factor for a GGUF": (GGUF, _attention_for_a_gguf),
+    "a learned attention factor for a GGUF": (GGUF, _learned_attention_for_a_gguf),
+    "what the window keeps, with the sets swapped": (RETENTION, _swapped_retention),
+    "early steps without their shift": (EARLY, partial(_early_shift_times, 0.0)),
+    "early steps shifted the other way": (EARLY, partial(_early_shift_times, -1.0)),
+    "cmaes begins at a closed form instead of its init": (POLISHING, _without_init),
 }
 
 

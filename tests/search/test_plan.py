@@ -94,6 +94,16 @@ def test_evolution_s_budget(budget: str, evaluations: int) -> None:
     assert _plan(strategy="evolution", budget=budget, short="original").evaluations == min(int(budget), 1344)
 
 
+@pytest.mark.parametrize(("budget", "evaluations"), [("100", 90), ("1344", 1244), ("9999", 1344)])
+def test_one_population_selects_among_the_critical_indices_so_they_cost_nothing(budget: str, evaluations: int) -> None:
+    options = {"strategy": "critical-dim", "optimiser": "evolution", "budget": budget}
+    plan = _plan(sizes=replace(SIZES, arms=12), **options)
+    assert plan == _plan(strategy="evolution", budget=budget)
+    assert (plan.evaluations, plan.rounds, plan.steps) == (evaluations, 0, 0)
+    config = SearchConfig(**options).resolve(NUMBERS, "hf")
+    assert expected_seconds(config, plan, TIMING, 1.0) == pytest.approx(plan.units * TIMING.forward)
+
+
 def test_the_short_share() -> None:
     assert _plan(budget="60", short="original").short_steps == 0
     assert _plan(budget="60", short_share=0.0).short_steps == 0

@@ -21,7 +21,7 @@ from click.testing import CliRunner
 from flushing import flushes, noting
 
 from longrope_export import loader
-from longrope_export.cli.search import search, search_config
+from longrope_export.cli.search import _FITS, search, search_config
 from longrope_export.errors import (
     InputFileError,
     LongRopeError,
@@ -166,6 +166,45 @@ def test_progress_goes_to_stderr_and_the_result_to_stdout(tiny_folder: Path, tex
     assert "32 → 128 tokens" in result.stdout
 
 
+def _tables(shown: str) -> dict[str, dict[str, float]]:
+    """The indented numbers of a printed result by the first words of the line above them."""
+    tables: dict[str, dict[str, float]] = {}
+    for line in shown.splitlines():
+        if line.startswith("  "):
+            name, number = line.rsplit(maxsplit=1)
+            tables[next(reversed(tables))][name.strip()] = float(number)
+        else:
+            tables[line] = {}
+    return {line: table for line, table in tables.items() if table}
+
+
+def test_the_printed_result_states_search_validation_and_report_texts(
+    tiny_folder: Path, text: Path, tmp_path: Path
+) -> None:
+    arguments = _arguments(tiny_folder, text, tmp_path / "out", *GRADIENT, "--report-documents", "1")
+    shown = _run(arguments).stdout
+    value = json.loads(_run([*arguments, "--json"]).stdout)
+    searched, validated, reported, kept = _tables(shown).items()
+    for (line, table), words, name in (
+        (searched, "on documents that were searched on:", "search_perplexity"),
+        (validated, "on 2 validation documents", "validation_perplexity"),
+        (reported, "on 1 report documents, which chose nothing", "report_perplexity"),
+        (kept, "at the window", "retention"),
+    ):
+        assert words in line
+        assert table == pytest.approx(value[name], abs=1e-3)
+        assert table
+    assert "no report documents" not in shown
+
+
+def test_without_report_documents_the_result_says_so_and_names_the_option(
+    finished: tuple[Path, str], tiny_folder: Path, text: Path
+) -> None:
+    shown = _run(_arguments(tiny_folder, text, finished[0], *GRADIENT)).stdout
+    assert "no report documents were asked for: with --report-documents N" in shown
+    assert len(_tables(shown)) == 3
+
+
 @pytest.mark.parametrize(
     ("change", "field"),
     [
@@ -240,6 +279,16 @@ def test_a_linear_scaling_is_searched_on_top_of(tiny_folder: Path, text: Path, t
     assert result.scaling.long_factor[-1] > 2.0
 
 
+def test_texts_that_are_named_twice_or_copied_are_searched_on_once(
+    finished: tuple[Path, str], tiny_folder: Path, text: Path, tmp_path: Path
+) -> None:
+    shutil.copy(text, tmp_path / "copy.txt")
+    twice = ["--data", str(text.parent), "--data", str(tmp_path)]
+    # The journal of the text alone is of the same data, and goes on.
+    result = _run(_arguments(tiny_folder, text, finished[0], *twice, *GRADIENT, "--json"))
+    assert json.loads(result.stdout) == json.loads(finished[1])
+
+
 def test_a_folder_that_belongs_to_something_else_is_refused(tiny_folder: Path, text: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
@@ -267,6 +316,8 @@ def test_the_dtype_and_the_thread_count(
 OPTIONS: list[tuple[list[str], str, Any]] = [
     (["--strategy", "evolution"], "strategy", "evolution"),
     (["--strategy", "critical-dim", "--optimiser", "cmaes"], "optimiser", "cmaes"),
+    (["--strategy", "critical-dim", "--optimiser", "evolution"], "optimiser", "evolution"),
+    (["--strategy", "critical-dim", "--optimiser", "evolution", "--population", "5"], "evolution.population", 5),
     (["--strategy", "critical-dim", "--critical-index", "3,5"], "critical_indices", (3, 5)),
     (["--strategy", "critical-dim", "--learning-rate", "0.3"], "gradient.learning_rate", 0.3),
     (["--strategy", "cmaes", "--sigma", "0.5"], "cmaes.sigma", 0.5),
@@ -281,11 +332,12 @@ OPTIONS: list[tuple[list[str], str, Any]] = [
     (["--strategy", "evolution", "--paper-large"], "evolution.population", 32),
     (["--strategy", "evolution", "--paper-large"], "documents", 3),
     (["--objective", "needle"], "objective", "needle"),
-    (["--last-share", "0.5"], "last_share", 0.5),
+    (["--objective", "last", "--last-share", "0.5"], "last_share", 0.5),
     (["--report-documents", "2"], "report_documents", 2),
-    (["--short-bound", "1.5"], "short_bound", 1.5),
+    (["--strategy", "evolution", "--short-bound", "1.5"], "short_bound", 1.5),
+    (["--constraint", "paper", "--short-bound", "1.5"], "short_bound", 1.5),
     (["--sets", "2x,3x"], "sets", ("2x", "3x")),
-    (["--sets-share", "0.2"], "sets_share", 0.2),
+    (["--sets", "2x", "--sets-share", "0.2"], "sets_share", 0.2),
     (["--budget", "45m"], "budget", "45m"),
     (["--documents", "7"], "documents", 7),
     (["--validation-documents", "5"], "validation_documents", 5),
@@ -300,14 +352,17 @@ OPTIONS: list[tuple[list[str], str, Any]] = [
     (["--dtype", "bfloat16"], "dtype", "bfloat16"),
     (["--threads", "2"], "threads", 2),
     (["--executor", "processes"], "executor", "processes"),
-    (["--workers", "3"], "workers", 3),
+    (["--executor", "ray", "--workers", "3"], "workers", 3),
     (["--device-map", "auto"], "device_map", "auto"),
     (["--max-memory", "cpu=1GB"], "max_memory", "cpu=1GB"),
     (["--init", "x.json"], "init", Path("x.json")),
     (["--learn-attention"], "learn_attention", True),
     (["--no-learn-attention"], "learn_attention", False),
-    (["--bound", "2"], "bound", 2.0),
-    (["--step", "0.1"], "step", 0.1),
+    (["--learn-short-attention"], "learn_short_attention", True),
+    (["--strategy", "evolution", "--init", "x.json", "--keep-long"], "init", Path("x.json")),
+    (["--strategy", "evolution", "--bound", "2"], "bound", 2.0),
+    (["--strategy", "cmaes", "--constraint", "paper", "--bound", "2"], "bound", 2.0),
+    (["--strategy", "evolution", "--step", "0.1"], "step", 0.1),
     (["--constraint", "paper"], "gradient.constraint", "paper"),
     (["--learning-rate", "0.3"], "gradient.learning_rate", 0.3),
     (["--early-length", "2x"], "early_length", "2x"),
@@ -370,6 +425,58 @@ def test_options_that_do_not_fit_are_usage_errors(arguments: list[str]) -> None:
     assert CliRunner().invoke(search, [*PLAIN, *arguments]).exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("optimiser", ["--optimiser", "gradient"]),
+        ("critical-index", ["--strategy", "cmaes", "--critical-index", "3"]),
+        ("early-length", ["--strategy", "cmaes", "--early-length", "2x"]),
+        ("early-share", ["--early-share", "0.5"]),
+        ("race", ["--strategy", "critical-dim", "--race"]),
+        ("learn-attention", ["--strategy", "evolution", "--learn-attention"]),
+        ("learn-attention", ["--init", "x.json", "--keep-long", "--learn-attention"]),
+        ("learn-short-attention", ["--strategy", "evolution", "--learn-short-attention"]),
+        ("learn-short-attention", ["--short", "original", "--learn-short-attention"]),
+        ("init", ["--strategy", "evolution", "--init", "x.json"]),
+        ("step", ["--step", "0.01"]),
+        ("step", ["--strategy", "cmaes", "--constraint", "paper", "--step", "0.1"]),
+        ("bound", ["--bound", "1.25"]),
+        ("bound", ["--strategy", "cmaes", "--bound", "2"]),
+        ("short-bound", ["--short-bound", "1.5"]),
+        ("short-bound", ["--strategy", "evolution", "--short", "original", "--short-bound", "1.5"]),
+        ("short-share", ["--short", "original", "--short-share", "0.1"]),
+        ("short-share", ["--init", "x.json", "--keep-long", "--short-share", "0.2"]),
+        ("short-margin", ["--short", "original", "--short-margin", "0"]),
+        ("sets-share", ["--sets-share", "0.1"]),
+        ("sets-share", ["--init", "x.json", "--keep-long", "--sets", "2x", "--sets-share", "0.2"]),
+        ("last-share", ["--objective", "perplexity,needle", "--last-share", "0.25"]),
+        ("workers", ["--workers", "2"]),
+        ("dtype", ["--strategy", "cmaes", "--objective", "llamacpp,last", "--dtype", "auto"]),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_a_usage_error_that_names_it(name: str, arguments: list[str]) -> None:
+    """Also where its value is the default: it was given, so it was meant."""
+    result = CliRunner().invoke(search, [*PLAIN, *arguments])
+    assert result.exit_code == 2
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert line.startswith(f"Error: --{name} belongs to ")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--strategy", "evolution", "--no-learn-attention"], ["--no-race"], ["--short", "search", "--short-share", "0"],
+     ["--executor", "local"], ["--dtype", "auto"], ["--objective", "needle,last=2", "--last-share", "0.25"]],
+)  # fmt: skip
+def test_what_a_search_does_anyway_may_be_said(arguments: list[str]) -> None:
+    assert _parsed([*PLAIN, *arguments]).target == "4x"
+
+
+def test_no_option_that_can_be_ignored_is_without_a_case_above() -> None:
+    cases = test_an_option_that_would_be_ignored_is_a_usage_error_that_names_it.pytestmark[0].args[1]  # type: ignore[attr-defined]
+    named = {name.replace("critical-index", "critical-indices").replace("-", "_") for name, _ in cases}
+    assert named == set(_FITS)
+
+
 def test_the_help_states_the_defaults_that_the_code_has() -> None:
     default: Any = _parsed(PLAIN)
     records = {"gradient": default.gradient, "cmaes": default.cmaes, "evolution": default.evolution}
@@ -404,8 +511,36 @@ def test_a_dry_run_prints_plan_memory_and_time_and_writes_nothing(
     assert "expected time" in shown
     weights = sum(path.stat().st_size for path in tiny_folder.glob("*.safetensors"))
     assert sum(value["memory"]["weights"].values()) == pytest.approx(weights, rel=0.1)
-    assert value["seconds"] == pytest.approx(value["plan"]["units"] * value["timing"]["forward"], rel=2.0)
+    assert value["seconds"] == pytest.approx(_seconds(value), rel=1e-9)
     assert value["seconds"] > 0.0
+
+
+def _seconds(value: dict[str, Any]) -> float:
+    """The time of a dry run's plan in one process: gradients, which count three passes, take what was measured."""
+    plan, timing = value["plan"], value["timing"]
+    gradients = plan["steps"] * plan["documents_per_step"]
+    return float((plan["units"] - 3 * gradients) * timing["forward"] + gradients * timing["gradient"])
+
+
+@pytest.mark.parametrize(
+    ("options", "processes", "at_once"),
+    [([*EVOLUTION, "--budget", "16"], 5, 4), ([*EVOLUTION, "--budget", "5s"], 5, 4), (GRADIENT, 5, 1)],
+    ids=["evaluations", "time", "descent"],
+)
+def test_a_dry_run_counts_the_workers(
+    tiny_folder: Path, text: Path, tmp_path: Path, options: list[str], processes: int, at_once: int
+) -> None:
+    arguments = _arguments(tiny_folder, text, tmp_path / "out", *options, "--dry-run")
+    workers = ["--executor", "processes", "--workers", "4"]
+    alone, value = (json.loads(_run([*arguments, *more, "--json"]).stdout) for more in ([], workers))
+    assert value["seconds"] == pytest.approx(_seconds(value) / at_once, rel=1e-9)
+    for device, size in alone["memory"]["weights"].items():
+        assert value["memory"]["weights"][device] == processes * size
+    for kind in ("evaluation", "gradient"):
+        assert value["memory"][kind] == 4 * alone["memory"][kind]
+    shown = _run([*arguments, *workers]).stdout
+    assert "for 4 workers and this process" in shown
+    assert ("4 passes at once" in shown) == (at_once == 4)
 
 
 def test_a_needle_objective_from_files(tiny_folder: Path, text: Path, tmp_path: Path) -> None:

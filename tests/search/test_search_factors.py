@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -15,6 +17,7 @@ import torch
 
 from longrope_export.errors import (
     LongRopeError,
+    NumericalError,
     ScalingError,
     StaleStateError,
     TextTooShortError,
@@ -25,9 +28,8 @@ from longrope_export.search.documents import SHORT_PIECES, pieces_of, split_rows
 from longrope_export.search.evaluator import Evaluator
 from longrope_export.search.executors import InProcess
 from longrope_export.search.factors import SearchResult, search_factors
-from longrope_export.search.initial import read_init
 from longrope_export.search.objective import ModelObjective
-from longrope_export.search.protocol import VALIDATION
+from longrope_export.search.protocol import SEARCH, VALIDATION, Outcome, Trial
 from longrope_export.search.run import SearchConfig
 from longrope_export.search.space import Candidate, closed_form
 from longrope_export.search.strategies.cmaes import CmaOptions
@@ -42,7 +44,12 @@ EVOLUTION: dict[str, Any] = {
 }  # fmt: skip
 CMAES: dict[str, Any] = {"strategy": "cmaes", "budget": "48", "documents": 3, "validation_documents": 2}
 CRITICAL: dict[str, Any] = {**GRADIENT, "strategy": "critical-dim", "critical_indices": (1, 3)}
-NAMED = {"gradient": GRADIENT, "evolution": EVOLUTION, "cmaes": CMAES, "critical-dim": CRITICAL}
+LONGROPE2: dict[str, Any] = {
+    **EVOLUTION, "strategy": "critical-dim", "optimiser": "evolution", "critical_indices": (1, 3),
+}  # fmt: skip
+NAMED = {
+    "gradient": GRADIENT, "evolution": EVOLUTION, "cmaes": CMAES, "critical-dim": CRITICAL, "longrope2": LONGROPE2,
+}  # fmt: skip
 ALL = pytest.mark.parametrize("name", NAMED)
 Done = Callable[[str], tuple[SearchResult, bytes]]
 
@@ -175,6 +182,7 @@ CHANGES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     (GRADIENT, {"runtime": "gguf"}),
     (GRADIENT, {"attention": "su"}),
     (GRADIENT, {"learn_attention": False}),
+    (GRADIENT, {"learn_short_attention": True}),
     (GRADIENT, {"baselines": ("ntk",)}),
     (GRADIENT, {"start_tokens": (0, 2, 3)}),
     (GRADIENT, {"short": "original"}),
@@ -243,38 +251,28 @@ def test_the_constraint_s_bound_counts_in_the_gradient_search(tiny: Any, tmp_pat
     assert _trials(tmp_path / "1.0.jsonl") != _trials(tmp_path / "1.25.jsonl")
 
 
-def test_init_is_where_the_descent_begins(tiny: Any, tmp_path: Path) -> None:
-    given = Candidate(tuple(np.linspace(1.0, 3.0, 16).tolist()), 1.07)
-    record = tmp_path / "init.json"
-    record.write_text(tiny.numbers.record(given, tiny.numbers.unchanged(), {}).to_json())
-    result = _run(tiny, tmp_path / "journal.jsonl", **GRADIENT, init=record)
-    trials = _trials(tmp_path / "journal.jsonl")
-    first_step = next(trial for trial in trials if trial[2])
-    np.testing.assert_allclose(first_step[3][0], given.factors, rtol=1e-6)
-    assert first_step[3][1] == pytest.approx(1.07)
-    assert "init" in result.validation_perplexity
-    with pytest.raises(StaleStateError, match=": init is "):
-        _run(tiny, tmp_path / "journal.jsonl", **GRADIENT)
+@pytest.mark.parametrize("good", [0, 5])
+def test_a_gradient_that_is_not_finite_ends_the_descent_and_its_journal_says_the_same(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good: int
+) -> None:
+    path, real, count = tmp_path / "journal.jsonl", ModelObjective.measure, itertools.count()
 
+    def breaking(self: Any, trial: Trial) -> Outcome:
+        outcome = real(self, trial)
+        broken = trial.gradient and trial.part == SEARCH and next(count) >= good
+        return replace(outcome, gradient=(math.nan,) * 17) if broken else outcome
 
-def test_init_for_another_length_is_carried_by_its_deviation_from_yarn(tiny: Any, tmp_path: Path) -> None:
-    half = replace(tiny.numbers, target=tiny.numbers.target // 2)
-    there, here = (closed_form("yarn", numbers) for numbers in (half, tiny.numbers))
-    given = Candidate(tuple(np.linspace(1.0, 2.0, 16).tolist()), 1.03)
-    record = tmp_path / "init.json"
-    record.write_text(half.record(given, half.unchanged(), {}).to_json())
-    config = SearchConfig(**GRADIENT, init=record, attention="method")
-    carried = read_init(config, tiny.numbers)
-    assert carried
-    assert read_init(config, half) == given
-    np.testing.assert_allclose(
-        np.log(carried.factors) - np.log(here.factors), np.log(given.factors) - np.log(there.factors), atol=1e-6
-    )
-    assert carried.attention_factor / here.attention_factor == pytest.approx(1.03 / there.attention_factor)
-    # An attention factor that is asked for is kept.
-    asked = read_init(replace(config, attention="1.2"), tiny.numbers)
-    assert asked
-    assert asked.attention_factor == pytest.approx(1.2)
+    monkeypatch.setattr(ModelObjective, "measure", breaking)
+    if not good:
+        for _ in range(2):
+            with pytest.raises(NumericalError, match="gradient is NaN or infinite"):
+                _run(tiny, path, **GRADIENT)
+        return
+    first = _run(tiny, path, **GRADIENT)
+    assert any(f"became NaN or infinite at step {good + 1} of" in note for note in first.notes)
+    assert len(first.history) == good
+    monkeypatch.setattr(ModelObjective, "measure", lambda self, trial: pytest.fail("measured again"))
+    assert _run(tiny, path, **GRADIENT).to_dict() == first.to_dict()
 
 
 def test_a_gguf_search_finds_only_what_a_gguf_holds(tiny: Any, tmp_path: Path) -> None:
@@ -316,6 +314,14 @@ OTHER_CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("cmaes", {}, {"race": False}),
     ("critical-dim", {}, {"critical_indices": (2, 3)}),
     ("critical-dim", {}, {"optimiser": "cmaes", "budget": "90"}),
+    ("critical-dim", {}, {"optimiser": "evolution"}),
+    ("longrope2", {}, {"critical_indices": (2, 3)}),
+    ("longrope2", {}, {"bound": 1.5}),
+    (
+        "longrope2",
+        {},
+        {"evolution": EvolutionOptions(population=7, iterations=3, mutations=4, crossovers=4, parents=4)},
+    ),
     ("gradient", {"sets": ("2x",)}, {"sets_share": 0.3}),
     ("gradient", {"objective": "last"}, {"last_share": 0.5}),
 ]
@@ -358,14 +364,6 @@ def test_report_documents_choose_nothing(tiny: Any, done: Done) -> None:
     assert reported.report_perplexity["unchanged"] == pytest.approx(np.exp(loss))
 
 
-def test_init_of_another_base_is_refused(tiny: Any, tmp_path: Path) -> None:
-    other = replace(tiny.numbers, rope_theta=500000.0)
-    record = tmp_path / "init.json"
-    record.write_text(other.record(other.unchanged(), other.unchanged(), {}).to_json())
-    with pytest.raises(ScalingError, match="base of 500000"):
-        _run(tiny, **GRADIENT, init=record)
-
-
 def test_other_data_and_another_model_are_refused_by_name(tiny: Any, journal: Callable[[str], Path]) -> None:
     path = journal("gradient")
     with pytest.raises(StaleStateError, match=": data is "):
@@ -387,6 +385,21 @@ def test_rows_that_are_missing_or_short_are_refused(tiny: Any) -> None:
         search_factors(tiny.model, tiny.numbers, tiny.rows[:3], SearchConfig(**GRADIENT))
     with pytest.raises(TextTooShortError, match="document 4 has 100 tokens; 128 are needed"):
         search_factors(tiny.model, tiny.numbers, [*tiny.rows[:3], tiny.rows[3][:100]], SearchConfig(**GRADIENT))
+
+
+@pytest.mark.parametrize(
+    ("same", "words"),
+    [((0, 3), "validation document 2 is the same as search document 1"),
+     ((1, 4), "report document 1 is the same as search document 2"),
+     ((2, 4), "report document 1 is the same as validation document 1")],
+)  # fmt: skip
+def test_a_row_in_two_parts_is_refused(tiny: Any, tmp_path: Path, same: tuple[int, int], words: str) -> None:
+    rows = list(tiny.rows)
+    rows[same[1]] = np.append(rows[same[0]], 5)  # what is beyond the target does not tell rows apart
+    config = SearchConfig(**GRADIENT, report_documents=1)
+    with pytest.raises(LongRopeError, match=words):
+        search_factors(tiny.model, tiny.numbers, rows, config, tmp_path / "journal.jsonl")
+    assert not (tmp_path / "journal.jsonl").exists()
 
 
 def test_search_and_validation_rows_are_disjoint_and_the_short_pieces_too() -> None:

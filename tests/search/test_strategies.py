@@ -255,11 +255,42 @@ def test_the_descent_stops_after_checkpoints_that_are_not_better(patience: int, 
     assert sum(trial.gradient for trial in seen) == steps
 
 
-def test_a_gradient_that_is_not_finite_is_an_error() -> None:
-    strategy = _descent(Descent(5, 1, 1))
-    strategy.ask()
+class _Breaking(Bowl):
+    """Gradients after the first `good` ones are not finite."""
+
+    good, count = 0, 0
+
+    def measure(self, trial: Trial) -> Outcome:
+        outcome = super().measure(trial)
+        self.count += trial.gradient
+        return replace(outcome, gradient=(math.nan,) * 9) if trial.gradient and self.count > self.good else outcome
+
+
+def test_a_first_gradient_that_is_not_finite_is_an_error() -> None:
     with pytest.raises(NumericalError, match="gradient is NaN"):
-        strategy.tell([Outcome(1.0, (math.inf,) * 9)])
+        serve(_descent(Descent(5, 1, 1)), InProcess(_Breaking()))
+
+
+@pytest.mark.parametrize("good", [1, 2, 6, 13])
+def test_a_descent_ends_where_its_gradient_is_not_finite_with_the_iterates_before(good: int) -> None:
+    whole, broken, objective = _descent(Descent(30, 1, 3)), _descent(Descent(30, 1, 3)), _Breaking()
+    iterates = [trial.candidate for trial in serve(whole) if trial.gradient]
+    objective.good = good
+    seen = serve(broken, InProcess(objective))
+    assert [trial.candidate for trial in seen if trial.gradient] == iterates[: good + 1]
+    assert [len(broken.history), len(broken.notes), len(whole.notes)] == [good, 1, 0]
+    assert f"at step {good + 1} of 30" in broken.notes[0]
+    found = broken.finalists()
+    assert found[-1] == iterates[good - 1]
+    assert iterates[good] not in found
+    validated = list(dict.fromkeys(trial.candidate for trial in seen if not trial.gradient))
+    assert len(validated) == {1: 0, 2: 1, 6: 1, 13: 2}[good]
+    assert set(validated) <= set(found)
+    # The last checkpoint is of iterates whose gradient was finite.
+    logs = [np.log(candidate.factors) for candidate in iterates[1:good]]
+    if logs:
+        average = np.mean(logs[-max(1, round(0.3 * len(logs))) :], axis=0)
+        np.testing.assert_allclose(np.log(validated[-1].factors), average, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from longrope_export.search.executors.local import InProcess
 from longrope_export.search.executors.processes import Processes
-from longrope_export.search.executors.ray import RayWorkers, check_ray
+from longrope_export.search.executors.ray import RayWorkers, check_ray, cluster_threads
 from longrope_export.search.executors.source import ModelSource, ObjectiveSource
 
-__all__ = ["InProcess", "ModelSource", "ObjectiveSource", "Processes", "RayWorkers", "check_ray"]
+__all__ = ["InProcess", "ModelSource", "ObjectiveSource", "Processes", "RayWorkers", "check_ray", "cluster_threads"]

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import traceback
+from collections import Counter
 from dataclasses import dataclass
 
 from longrope_export import errors
 from longrope_export.errors import LongRopeError, RuntimeFailure
 from longrope_export.search.protocol import Objective, Outcome, Trial
+
+_LOG = logging.getLogger(__name__)
+# A trial that loses its worker, or llama.cpp in its worker, this often is given up: it is the trial that kills them.
+MOST_LOSSES = 3
 
 
 @dataclass(frozen=True)
@@ -47,3 +53,17 @@ def opened(result: Outcome | Failure, trial: Trial) -> Outcome:
     if isinstance(result, Failure):
         raise result.error(f"on document {trial.document + 1} of part {trial.part}")
     return result
+
+
+def worth_another(result: Outcome | Failure, index: int, losses: Counter[int]) -> bool:
+    """Whether trial `index` is to be done again, because llama.cpp, a child of the worker, was lost; counts that.
+
+    Of `RuntimeFailure`s only: what llama.cpp refuses for want of memory is one too, and may have room the next time.
+    """
+    if not isinstance(result, Failure) or result.kind != RuntimeFailure.__name__:
+        return False
+    losses[index] += 1
+    if losses[index] >= MOST_LOSSES:
+        return False
+    _LOG.warning("%s; its trial is done again", result.message)
+    return True

@@ -9,22 +9,20 @@ from contextlib import AbstractContextManager
 from multiprocessing.connection import wait
 
 from longrope_export.errors import RuntimeFailure
-from longrope_export.search.executors.failure import Failure, opened
+from longrope_export.search.executors.failure import MOST_LOSSES, Failure, opened, worth_another
 from longrope_export.search.executors.source import ObjectiveSource
 from longrope_export.search.executors.worker import LOST, READY, Worker
 from longrope_export.search.protocol import Outcome, Trial
 
 _LOG = logging.getLogger(__name__)
-# A trial that loses its worker this often is given up: it is the trial that kills workers.
-_MOST_LOSSES = 3
 
 
 class Processes(AbstractContextManager["Processes"]):
     """Workers that load the model once and get the next trial when they are free.
 
-    A worker that dies is replaced and its trial done again; when three die over one trial, or three in a row before
-    they are ready, `RuntimeFailure` is raised. An error of the objective is raised as it is. The workers leave on
-    `close`, and when this process dies.
+    A worker that dies is replaced and its trial done again, as when llama.cpp dies in one; when three die over one
+    trial, or three in a row before they are ready, `RuntimeFailure` is raised. Any other error of the objective is
+    raised as it is. The workers leave on `close`, and when this process dies.
     """
 
     def __init__(self, source: ObjectiveSource, workers: int) -> None:
@@ -44,15 +42,17 @@ class Processes(AbstractContextManager["Processes"]):
             self._hand_out(trials, waiting)
             for worker in self._heard():
                 index, result = self._take(worker)
-                if index is not None and isinstance(result, Outcome | Failure):
-                    missing -= 1
-                    yield index, opened(result, trials[index])
-                elif isinstance(result, Failure):
-                    raise result.error("to get ready")
-                elif index is not None:
+                if index is None:
+                    _check_ready(result)
+                elif not isinstance(result, Outcome | Failure):
                     losses[index] += 1
                     _check_losses(losses[index], f"measuring document {trials[index].document + 1}")
                     waiting.appendleft(index)
+                elif worth_another(result, index, losses):
+                    waiting.appendleft(index)
+                else:
+                    missing -= 1
+                    yield index, opened(result, trials[index])
 
     def close(self) -> None:
         """End every worker: at once where it is measuring."""
@@ -97,8 +97,13 @@ class Processes(AbstractContextManager["Processes"]):
         self._workers[self._workers.index(worker)] = Worker(self._source)
 
 
+def _check_ready(result: Outcome | Failure | str | None) -> None:
+    if isinstance(result, Failure):
+        raise result.error("to get ready")
+
+
 def _check_losses(count: int, doing: str) -> None:
-    if count >= _MOST_LOSSES:
+    if count >= MOST_LOSSES:
         raise RuntimeFailure(
             f"{count} workers died while {doing}: most likely the memory does not hold that many models; "
             "take fewer --workers"

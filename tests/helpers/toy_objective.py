@@ -10,14 +10,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from longrope_export.errors import InputFileError
+from longrope_export.errors import InputFileError, RuntimeFailure
 from longrope_export.search.protocol import Outcome, Trial
 
 
 @dataclass(frozen=True)
 class ToySource:
     """Losses that tell candidate and document apart. `folder` gets one file for each worker that opened it, and one
-    for each trial that began; a document named in the rest behaves as it says.
+    for each trial that began; a document named in the rest behaves as it says (`child_deaths`: how often it does).
     """
 
     folder: Path
@@ -27,6 +27,7 @@ class ToySource:
     kills_always: int | None = None
     user_error: int | None = None
     bug: int | None = None
+    child_deaths: tuple[int, int] = (-1, 0)
     no_model: str = ""
 
     @contextmanager
@@ -51,9 +52,11 @@ class ToyObjective:
     def measure(self, trial: Trial) -> Outcome:
         source, document = self._source, trial.document
         _note(source.folder, f"began-{document}-{os.getpid()}-{time.monotonic_ns()}")
-        first_time = len(list(source.folder.glob(f"began-{document}-*"))) == 1
-        if document == source.kills_always or (document == source.kills and first_time):
+        times = len(list(source.folder.glob(f"began-{document}-*")))
+        if document == source.kills_always or (document == source.kills and times == 1):
             os.kill(os.getpid(), signal.SIGKILL)
+        if document == source.child_deaths[0] and times <= source.child_deaths[1]:
+            raise RuntimeFailure("llama.cpp died by SIGKILL on a copy of the model: no log")
         if document == source.user_error:
             raise InputFileError(f"document {document} is not there")
         if document == source.bug:

@@ -18,8 +18,13 @@ from toy_objective import ToySource, toy_outcome
 from longrope_export.cli.search import search
 from longrope_export.errors import InputFileError, MissingDependencyError, RuntimeFailure
 from longrope_export.search import measuring
+from longrope_export.search.config import SearchConfig
+from longrope_export.search.evaluator import Evaluator
 from longrope_export.search.executors import InProcess, Processes, RayWorkers
+from longrope_export.search.executors import ray as ray_module
 from longrope_export.search.executors.ray import gpu_share
+from longrope_export.search.journal import Journal
+from longrope_export.search.measuring import worker_threads
 from longrope_export.search.protocol import SEARCH, Outcome, Trial
 from longrope_export.search.space import Candidate
 
@@ -29,14 +34,14 @@ KINDS = pytest.mark.parametrize("kind", ["processes", "ray"])
 
 @pytest.fixture(scope="module")
 def ray_here() -> Iterator[None]:
-    """A local Ray with two CPUs and four GPUs that are not there, started once; its workers find the helpers."""
+    """A local Ray with three CPUs and four GPUs that are not there, started once; its workers find the helpers."""
     import ray
 
     before = {name: os.environ.get(name) for name in ("PYTHONPATH", "RAY_AUTH_MODE", "RAY_USAGE_STATS_ENABLED")}
     os.environ.update(PYTHONPATH=str(HELPERS), RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
     # The GPUs are numbers for handing out: none is touched.
     ray.init(
-        address="local", num_cpus=2, num_gpus=4, include_dashboard=False, log_to_driver=False, logging_level="warning"
+        address="local", num_cpus=3, num_gpus=4, include_dashboard=False, log_to_driver=False, logging_level="warning"
     )
     yield
     ray.shutdown()
@@ -118,6 +123,22 @@ def test_a_trial_that_kills_every_worker_is_given_up(start: Any, tmp_path: Path,
     assert len(list(tmp_path.glob("began-1-*"))) == 3
 
 
+@KINDS
+def test_a_trial_whose_llama_cpp_dies_is_done_again(start: Any, tmp_path: Path, kind: str, caplog: Any) -> None:
+    trials = _trials(3)[:3]
+    executor = start(kind, ToySource(tmp_path, child_deaths=(1, 2)))
+    assert _in_order(executor, trials) == [toy_outcome(trial) for trial in trials]
+    assert len(list(tmp_path.glob("began-1-*"))) == 3
+    assert caplog.text.count("llama.cpp died by SIGKILL on a copy of the model: no log; its trial is done again") == 2
+
+
+@KINDS
+def test_a_trial_that_kills_every_llama_cpp_is_given_up(start: Any, tmp_path: Path, kind: str) -> None:
+    with pytest.raises(RuntimeFailure, match=r"^llama.cpp died by SIGKILL on a copy of the model: no log$"):
+        _in_order(start(kind, ToySource(tmp_path, child_deaths=(1, 9))), _trials(2)[:2])
+    assert len(list(tmp_path.glob("began-1-*"))) == 3
+
+
 def test_errors_of_a_worker_are_one_line(start: Any, tmp_path: Path) -> None:
     with pytest.raises(InputFileError, match=r"^document 1 is not there$"):
         _in_order(start("processes", ToySource(tmp_path, user_error=1)), _trials(2))
@@ -137,9 +158,12 @@ def test_a_model_that_does_not_open_is_the_user_s_error(start: Any, tmp_path: Pa
         _in_order(start(kind, ToySource(tmp_path, no_model="error")), _trials(2))
 
 
-def test_a_model_that_kills_its_workers_is_given_up(start: Any, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeFailure, match="3 workers died while loading the model"):
-        _in_order(start("processes", ToySource(tmp_path, no_model="dies"), 1), _trials(2))
+@KINDS
+@pytest.mark.timeout(120)
+def test_a_model_that_kills_its_workers_is_given_up(start: Any, tmp_path: Path, kind: str) -> None:
+    with pytest.raises(RuntimeFailure, match=r"^3 workers (on Ray )?died while loading the model.*--workers") as caught:
+        _in_order(start(kind, ToySource(tmp_path, no_model="dies"), 1), _trials(2))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_worker_killed_while_idle_is_replaced(start: Any, tmp_path: Path) -> None:
@@ -235,6 +259,92 @@ def test_a_worker_s_share_of_the_gpus(gpus: int, workers: int, share: float) -> 
     assert gpu_share(gpus, workers) == share
 
 
+@pytest.mark.parametrize(("workers", "threads", "room"), [(2, 4, 0), (3, 2, 1), (4, 1, 3)])
+def test_workers_that_do_not_fit_are_told(
+    ray_here: None, tmp_path: Path, workers: int, threads: int, room: int
+) -> None:
+    line = (
+        rf"^the Ray cluster has room for {room} of {workers} workers with {threads} CPUs on one machine each "
+        r"\(machines: 1, with 3 CPUs and 4 GPUs\): take fewer --workers or --threads$"
+    )
+    with pytest.raises(RuntimeFailure, match=line):
+        RayWorkers(ToySource(tmp_path), workers, threads)
+
+
+@pytest.mark.timeout(120)
+def test_a_cluster_that_others_use_is_waited_for_and_given_up(
+    ray_here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr(ray_module, "_ROOM_TOLD", 0.5)
+    with RayWorkers(ToySource(tmp_path), 1, 3) as others:
+        dict(others.run(_trials(1)))
+        monkeypatch.setattr(ray_module, "_ROOM", 1.0)
+        with RayWorkers(ToySource(tmp_path), 2) as executor, pytest.raises(RuntimeFailure, match="no room for 2 of 2"):
+            dict(executor.run(_trials(3)))
+        assert "no room yet for 2 of 2 workers" in caplog.text
+        monkeypatch.setattr(ray_module, "_ROOM", 50.0)
+        with RayWorkers(ToySource(tmp_path), 1) as executor:
+            others.close()
+            assert len(dict(executor.run(_trials(3)))) == 6
+
+
+def test_the_threads_are_an_even_share_of_the_cluster_s(ray_here: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "16")
+    shares = [worker_threads(SearchConfig(executor="ray", workers=workers)) for workers in (1, 2, 3, 5)]
+    assert shares == [3, 1, 1, 1]
+    assert worker_threads(SearchConfig(executor="ray", threads=7)) == 7
+    assert worker_threads(SearchConfig(executor="processes", workers=2)) == 8
+
+
+JOINING = """
+import ray
+from longrope_export.search.config import SearchConfig
+from longrope_export.search.measuring import worker_threads
+print(worker_threads(SearchConfig(executor="ray", workers=1)), ray.is_initialized())
+"""
+
+
+def test_a_cluster_that_is_named_is_asked_and_left(ray_here: None) -> None:
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    environment = {**os.environ, "RAY_ADDRESS": address, "OMP_NUM_THREADS": "16"}
+    done = subprocess.run([sys.executable, "-c", JOINING], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "3 False\n", done.stderr
+
+
+def test_ctrl_c_ends_the_actors_and_leaves_the_journal_whole(
+    ray_here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    path, notes, trials, wait, waits = tmp_path / "journal.jsonl", tmp_path / "notes", _trials(6)[:6], ray.wait, []
+    notes.mkdir()
+
+    def interrupted_wait(*arguments: Any, **options: Any) -> Any:
+        waits.append(arguments)
+        if len(waits) == 4:
+            signal.raise_signal(signal.SIGINT)
+        return wait(*arguments, **options)
+
+    with Journal(path) as journal, pytest.raises(KeyboardInterrupt), RayWorkers(ToySource(notes), 2) as executor:
+        journal.begin({})
+        actors = list(executor._actors)  # Ray would end those that nobody knows by itself
+        monkeypatch.setattr(ray, "wait", interrupted_wait)
+        Evaluator(executor, {SEARCH: 6}, journal).evaluate(trials)
+    deadline = time.monotonic() + 30
+    while any(map(_alive, _opened(notes))) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert len(_opened(notes)) == len(actors) == 2
+    assert not any(map(_alive, _opened(notes)))
+    with Journal(path) as journal, ToySource(notes).open() as objective:
+        # The first wait is for the actors' places.
+        assert len(journal.entries) == 2
+        outcomes = Evaluator(InProcess(objective), {SEARCH: 6}, journal).evaluate(trials)
+    assert outcomes == [toy_outcome(trial) for trial in trials]
+    assert len(list(notes.glob(f"began-*-{os.getpid()}-*"))) == 4
+
+
 class _LosesOne(RayWorkers):
     """Real Ray workers, the first of which is killed while the first round is measured."""
 
@@ -268,7 +378,7 @@ def test_the_command_on_ray_ends_in_the_same_bytes_though_a_worker_is_killed(
 ) -> None:
     monkeypatch.setattr(measuring, "RayWorkers", _LosesOne)
     (tmp_path / "map.json").write_text('{"": "cpu"}')
-    on_ray = ["--workers", "2", "--device-map", str(tmp_path / "map.json")]
+    on_ray = ["--workers", "3", "--device-map", str(tmp_path / "map.json")]
     for name in ("local", "ray"):
         files = [str(tiny_folder), "--to", "4x", "--data", str(text), "--out", str(tmp_path / name)]
         options = ["--budget", "16", "--documents", "2", "--validation-documents", "2", "--documents-per-step", "2"]
@@ -279,7 +389,7 @@ def test_the_command_on_ray_ends_in_the_same_bytes_though_a_worker_is_killed(
     assert not _alive(killed)
     assert killed != after
     assert _LosesOne.options == {"gpus": True}
-    assert _LosesOne.workers == [2]
+    assert _LosesOne.workers == [3]
     assert (tmp_path / "ray" / "longrope.json").read_bytes() == (tmp_path / "local" / "longrope.json").read_bytes()
 
 

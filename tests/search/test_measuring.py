@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import psutil
 import pytest
 from click.testing import CliRunner
 
@@ -16,9 +18,13 @@ from longrope_export.converters.gguf.convert import convert_to_gguf
 from longrope_export.converters.gguf.patch import patch_gguf
 from longrope_export.demo import demo_model_path
 from longrope_export.errors import LongRopeError, MissingDependencyError, UnsupportedModelError
+from longrope_export.search import measuring
 from longrope_export.search.config import EvolutionOptions, SearchConfig
+from longrope_export.search.executors import Processes
 from longrope_export.search.measuring import worker_threads
+from longrope_export.search.objective import ModelObjective
 from longrope_export.search.plan import Timing
+from longrope_export.search.protocol import Outcome, Trial
 from longrope_export.search.run import run_search
 
 EVOLUTION = EvolutionOptions(population=2, iterations=1, mutations=1, crossovers=1, parents=2)
@@ -38,19 +44,34 @@ def expected(tiny_folder: Path, text: Path, tmp_path_factory: pytest.TempPathFac
     return (out / "longrope.json").read_bytes()
 
 
+@pytest.fixture
+def measured_here(monkeypatch: pytest.MonkeyPatch) -> list[Trial]:
+    """Gets every trial that this process, and none of its workers, measures."""
+    trials, measure = [], ModelObjective.measure
+
+    def noted(objective: ModelObjective, trial: Trial) -> Outcome:
+        trials.append(trial)
+        return measure(objective, trial)
+
+    monkeypatch.setattr(ModelObjective, "measure", noted)
+    return trials
+
+
 def test_several_processes_write_the_same_bytes_and_another_executor_goes_on(
-    tiny_folder: Path, text: Path, tmp_path: Path, expected: bytes
+    tiny_folder: Path, text: Path, tmp_path: Path, expected: bytes, measured_here: list[Trial]
 ) -> None:
     out = tmp_path / "out"
     record, journal = out / "longrope.json", out / "journal.jsonl"
     run_search(_config(tiny_folder, text, out, budget="12", executor="processes"))
     assert record.read_bytes() == expected
+    assert not measured_here
     lines = journal.read_bytes().splitlines(keepends=True)
     assert any("gradient" in json.loads(line) for line in lines[1:])
     record.unlink()
     journal.write_bytes(b"".join(lines[: len(lines) // 2]))
     run_search(_config(tiny_folder, text, out, budget="12"))
     assert record.read_bytes() == expected
+    assert len(measured_here) == len(lines) - len(lines) // 2
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +96,27 @@ def _llamacpp(gguf: Path, text: Path, out: Path, **options: Any) -> SearchConfig
     return _config(gguf, text, out, budget="4", **options)
 
 
-def test_llama_cpp_searches_a_gguf_here_and_in_processes(gguf: Path, long_text: Path, tmp_path: Path) -> None:
+class _LosesLlamaCpp(Processes):
+    """Real workers whose llama.cpp is killed after the first outcome of the first two rounds."""
+
+    killed: ClassVar[list[int]] = []
+
+    def run(self, trials: Sequence[Trial]) -> Iterator[tuple[int, Outcome]]:
+        for number, found in enumerate(super().run(trials)):
+            yield found
+            if number == 0 and self._round <= 2:
+                for child in [each for worker in self._workers for each in self._children(worker)]:
+                    self.killed.append(child.pid)
+                    child.kill()
+
+    def _children(self, worker: Any) -> list[psutil.Process]:
+        return psutil.Process(worker._process.pid).children()
+
+
+def test_llama_cpp_searches_a_gguf_here_and_in_processes_though_it_is_killed(
+    gguf: Path, long_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(measuring, "Processes", _LosesLlamaCpp)
     here, there = tmp_path / "here", tmp_path / "there"
     result = run_search(_llamacpp(gguf, long_text, here), patch=patch_gguf)
     assert result.scaling.max_position_embeddings == 512
@@ -87,6 +128,9 @@ def test_llama_cpp_searches_a_gguf_here_and_in_processes(gguf: Path, long_text: 
     run_search(_llamacpp(gguf, long_text, there, executor="processes"), patch=patch_gguf)
     assert (there / "longrope.json").read_bytes() == (here / "longrope.json").read_bytes()
     assert not left.exists()
+    assert _LosesLlamaCpp.killed
+    assert "llama.cpp died by SIGKILL" in caplog.text
+    assert "its trial is done again" in caplog.text
 
 
 def test_the_command_searches_with_llama_cpp(gguf: Path, long_text: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from longrope_export.errors import LongRopeError
-from longrope_export.search.config import DEFAULT_PASSES, DEFAULT_SECONDS, Budget, SearchConfig, parse_budget
+from longrope_export.search.config import DEFAULT_PASSES, DEFAULT_SECONDS, SearchConfig, parse_budget
 from longrope_export.search.strategies.critical_dimension import rung_sizes
 
 # A gradient costs its forward pass and a backward pass, which counts as two more.
@@ -37,6 +37,7 @@ class Timing:
 class Plan:
     """Numbers of everything that a search will do; `units` is their sum, in documents measured at the long length.
 
+    `gradient` and `early_gradient` are what one counts in it: three passes of its length, or what it was measured to take.
     `rounds` and `compare_documents` are for several critical indices: how often each is served before they are
     compared, and on how many documents. `set_*` are for each length in between; `early_steps` of `steps` are at the early
     length.
@@ -55,6 +56,8 @@ class Plan:
     set_steps: int = 0
     set_evaluations: int = 0
     early_steps: int = 0
+    gradient: float = GRADIENT_UNITS
+    early_gradient: float = 0.0
     units: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
@@ -102,40 +105,42 @@ def make_plan(config: SearchConfig, sizes: Sizes, measure: Callable[[], Timing])
     Raises `LongRopeError` when the budget does not allow one step.
     """
     budget = parse_budget(config.budget)
-    timing = measure() if budget.evaluations is None else None
-    measured = _measured(config, sizes, budget, timing)
-    if config.keep_long:
-        return _plan_kept(config, sizes, measured, _costs(sizes, timing))
-    return _PLANNERS[config.method](config, sizes, measured, _costs(sizes, timing))
+    if budget.evaluations is not None:
+        return _divided(config, sizes, budget.evaluations * sizes.documents, None)
+    timing = measure()
+    if budget.seconds is None:
+        # The same numbers on every machine that is fast enough for them.
+        plan = _divided(config, sizes, _default_units(config, sizes), None)
+        if expected_seconds(config, plan, timing, sizes.unit) <= DEFAULT_SECONDS:
+            return plan
+    final = (sizes.baselines + 3) * sizes.validation
+    affordable = (budget.seconds or DEFAULT_SECONDS) / (timing.forward * sizes.unit) - final
+    if budget.seconds is None:
+        affordable = min(affordable, _default_units(config, sizes))
+    return _divided(config, sizes, affordable, timing)
 
 
-def expected_seconds(config: SearchConfig, plan: Plan, timing: Timing, unit: float, early_ratio: float = 0.0) -> float:
-    """Time of a whole plan at the measured pace.
-
-    `unit` is one search document's cost in forward passes, `early_ratio` the early length over L'.
-    """
-    if parse_budget(config.budget).evaluations is None:
-        return timing.forward * unit * plan.units
-    # A number of evaluations counts a gradient as three passes of its length, whatever it takes here.
-    excess = timing.gradient - GRADIENT_UNITS * timing.forward
-    early_excess = timing.early_gradient - GRADIENT_UNITS * early_ratio * timing.forward
+def expected_seconds(config: SearchConfig, plan: Plan, timing: Timing, unit: float) -> float:
+    """Time of a whole plan at the measured pace; `unit` is one search document's cost in forward passes."""
+    excess = timing.gradient - plan.gradient * timing.forward
+    early_excess = timing.early_gradient - plan.early_gradient * timing.forward
     alive = rung_sizes(len(config.critical_indices or (0,)))
     each = plan.documents_per_step * sum(alive) / len(alive)
     excesses = each * ((plan.steps - plan.early_steps) * excess + plan.early_steps * early_excess)
     return unit * (timing.forward * plan.units + excesses)
 
 
-def _measured(config: SearchConfig, sizes: Sizes, budget: Budget, timing: Timing | None) -> float:
-    """Search documents that the budget lets be measured, besides what the final choice costs."""
-    if budget.evaluations is not None:
-        return budget.evaluations * sizes.documents
-    assert timing is not None
-    final = (sizes.baselines + 3) * sizes.validation
-    affordable = (budget.seconds or DEFAULT_SECONDS) / (timing.forward * sizes.unit) - final
-    if budget.seconds is not None:
-        return affordable
+def _divided(config: SearchConfig, sizes: Sizes, measured: float, timing: Timing | None) -> Plan:
+    """`measured` is how many search documents may be measured, besides what the final choice costs."""
+    costs = _costs(sizes, timing)
+    if config.keep_long:
+        return _plan_kept(config, sizes, measured, costs)
+    return _PLANNERS[config.method](config, sizes, measured, costs)
+
+
+def _default_units(config: SearchConfig, sizes: Sizes) -> float:
     full = config.evolution.evaluations / (1.0 - _short_share(config) - _sets_share(config, sizes))
-    return min(affordable, DEFAULT_PASSES.get(config.method, full * sizes.documents))
+    return DEFAULT_PASSES.get(config.method, full * sizes.documents)
 
 
 def _costs(sizes: Sizes, timing: Timing | None) -> _Costs:
@@ -215,20 +220,21 @@ def _plan_gradient(config: SearchConfig, sizes: Sizes, measured: float, costs: _
     compare = baseline if sizes.arms > 1 else 0
     fixed += short * costs.short_gradient + sets * sum(costs.sets) * costs.gradient + compared * compare
     early = config.early_share if sizes.early_ratio else 0.0
-    costs = replace(costs, gradient=costs.gradient * (1.0 - early * (1.0 - costs.early)))
-    gradients = math.floor((measured - fixed) / costs.gradient * share + 1e-9)
+    gradient = costs.gradient * (1.0 - early * (1.0 - costs.early))
+    gradients = math.floor((measured - fixed) / gradient * share + 1e-9)
     given = config.gradient.documents_per_step
     if gradients < (given or 1) * rungs:
-        least = (fixed + costs.gradient * (given or 1) * rungs / share) / sizes.documents
+        least = (fixed + gradient * (given or 1) * rungs / share) / sizes.documents
         raise _too_small(config, least)
     wide = given or min(max(round(gradients / _STEPS_BEFORE_WIDENING), 1), sizes.documents)
     steps = gradients // wide
     checkpoints = min(max(steps // _CHECKPOINT_EVERY, 1), _MOST_CHECKPOINTS)
-    units = fixed + steps * wide * costs.gradient / share + (sizes.baselines + checkpoints + 2) * sizes.validation
+    units = fixed + steps * wide * gradient / share + (sizes.baselines + checkpoints + 2) * sizes.validation
     return Plan(
         baseline_documents=baseline, steps=steps, documents_per_step=wide, checkpoints=checkpoints,
         rounds=steps // rungs, compare_documents=compare, start_documents=starts, short_steps=short, set_steps=sets,
-        early_steps=round(early * steps), units=units + _final_units(sizes, costs),
+        early_steps=round(early * steps), gradient=costs.gradient, early_gradient=costs.gradient * costs.early,
+        units=units + _final_units(sizes, costs),
     )  # fmt: skip
 
 
@@ -240,7 +246,7 @@ def _plan_kept(config: SearchConfig, sizes: Sizes, measured: float, costs: _Cost
         short = min(math.floor(share * wanted * measured / costs.short_gradient), _MOST_SHORT_STEPS)
         sets = _set_steps(share, measured, costs)
         units = short * costs.short_gradient + sets * sum(costs.sets) * costs.gradient
-        plan = Plan(short_steps=short, set_steps=sets)
+        plan = Plan(short_steps=short, set_steps=sets, gradient=costs.gradient)
     else:
         short = _short_evaluations(share * wanted, sizes, measured, costs, _MOST_SHORT_EVALUATIONS)
         sets = _set_evaluations(share, sizes, measured, costs)

@@ -73,9 +73,8 @@ def preview_search(config: SearchConfig) -> SearchPreview:
             memory = _in_all(memory_plan(inputs.model, numbers.target, recompute=objective.recompute), resolved)
         finally:
             objective.close()
-    ratio = (early_length(resolved, numbers) or 0) / numbers.target
     pace, unit = shared_timing(resolved, timing), resolved.mixture.passes(numbers.short_scale)
-    seconds = expected_seconds(resolved, plan, pace, unit, ratio)
+    seconds = expected_seconds(resolved, plan, pace, unit)
     return SearchPreview(resolved, numbers.window, numbers.target, plan, timing, seconds, memory)
 
 

@@ -13,7 +13,8 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from longrope_export.search.plan import GRADIENT_UNITS, Plan
+from longrope_export.search.documents import EARLY
+from longrope_export.search.plan import Plan
 from longrope_export.search.protocol import SEARCH, Outcome, Trial
 from longrope_export.search.space import Candidate
 
@@ -21,7 +22,7 @@ _SECONDS_BETWEEN_LINES = 15.0
 
 
 class SearchProgress:
-    """Shows the best perplexity so far on the search documents, evaluations done of all, and the time left.
+    """Shows the best perplexity so far on the search documents, the share of the work that is done, and the time left.
 
     The best is of candidates measured on all search documents that the search has compared so far.
     """
@@ -31,8 +32,9 @@ class SearchProgress:
         self._bar: Progress | None = None
         self._losses: dict[Candidate, list[float]] = defaultdict(list)
         self._units: Mapping[str, float] = {}
+        self._plan = Plan()
         self._compared = 1
-        self._documents, self._total, self._done, self._measured = 1, 0.0, 0.0, 0.0
+        self._total, self._done, self._measured = 0.0, 0.0, 0.0
         self._best = math.inf
         self._started, self._printed = time.monotonic(), -math.inf
 
@@ -49,7 +51,7 @@ class SearchProgress:
 
     def plan(self, plan: Plan, sizes: Mapping[str, int], units: Mapping[str, float]) -> None:
         """Begin: the plan's units are the whole."""
-        self._units, self._documents, self._total = units, sizes[SEARCH], max(plan.units, 1.0)
+        self._plan, self._units, self._total = plan, units, max(plan.units, 1.0)
         self._compared = plan.baseline_documents or sizes[SEARCH]
         self._started = time.monotonic()
         if self._stream.isatty():
@@ -62,7 +64,7 @@ class SearchProgress:
 
     def observe(self, trial: Trial, outcome: Outcome, measured_now: bool) -> None:
         """Count one outcome and show the state."""
-        units = self._units[trial.part] * (GRADIENT_UNITS if trial.gradient else 1.0)
+        units = self._cost(trial)
         self._done += units
         self._measured += units if measured_now else 0.0
         if trial.part == SEARCH and not trial.gradient:
@@ -71,6 +73,12 @@ class SearchProgress:
             if len(losses) == self._compared:
                 self._best = min(self._best, math.fsum(losses) / len(losses))
         self._show()
+
+    def _cost(self, trial: Trial) -> float:
+        """In the plan's units."""
+        if trial.gradient and trial.part.startswith(EARLY):
+            return self._plan.early_gradient
+        return self._units[trial.part] * (self._plan.gradient if trial.gradient else 1.0)
 
     def _show(self) -> None:
         if self._bar:
@@ -84,8 +92,7 @@ class SearchProgress:
 
     def _status(self) -> str:
         best = f"best perplexity {math.exp(self._best):.3f}, " if math.isfinite(self._best) else ""
-        done, whole = self._done / self._documents, max(self._done, self._total) / self._documents
-        return f"{best}{done:.1f} of about {whole:.0f} evaluations{self._left()}"
+        return f"{best}{min(self._done / self._total, 1.0):.0%} done{self._left()}"
 
     def _left(self) -> str:
         if not self._measured:

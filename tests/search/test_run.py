@@ -32,6 +32,7 @@ from longrope_export.errors import (
     UnsupportedModelError,
 )
 from longrope_export.scaling import RopeScaling
+from longrope_export.search import documents
 from longrope_export.search.executors.source import ModelSource
 from longrope_export.search.plan import Plan
 from longrope_export.search.progress import SearchProgress
@@ -160,7 +161,7 @@ def test_json_is_the_record_that_was_written(finished: tuple[Path, str]) -> None
 def test_progress_goes_to_stderr_and_the_result_to_stdout(tiny_folder: Path, text: Path, tmp_path: Path) -> None:
     result = _run(_arguments(tiny_folder, text, tmp_path / "out", *GRADIENT))
     assert "best perplexity" in result.stderr
-    assert "evaluations" in result.stderr
+    assert "% done" in result.stderr
     assert "left" in result.stderr
     assert "validation documents" in result.stdout
     assert "32 → 128 tokens" in result.stdout
@@ -585,12 +586,15 @@ class _Screen:
 def test_progress_shows_the_best_so_far_the_count_and_the_time_left(terminal: bool) -> None:
     screen: Any = _Screen(terminal)
     with SearchProgress(screen) as progress:
-        progress.plan(Plan(evaluations=4, units=8.0), {SEARCH: 2}, {SEARCH: 1.0})
+        progress.plan(Plan(gradient=4.0, early_gradient=1.0, units=20.0), {SEARCH: 2}, {SEARCH: 1.0})
         for value, loss in ((1.0, 2.0), (2.0, 1.0)):
             for document in range(2):
                 progress.observe(Trial(Candidate((value,)), SEARCH, document), Outcome(loss), True)
+        # What a gradient takes here counts, not the three passes of a budget in evaluations.
+        for part in (SEARCH, documents.early(1024)):
+            progress.observe(Trial(Candidate((1.0,)), part, 0, gradient=True), Outcome(2.0, (0.0, 0.0)), True)
     assert "best perplexity 2.718" in screen.text
-    assert "2.0 of about 4 evaluations" in screen.text
+    assert "45% done" in screen.text
     assert "left" in screen.text
 
 

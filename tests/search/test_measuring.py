@@ -97,14 +97,14 @@ def _llamacpp(gguf: Path, text: Path, out: Path, **options: Any) -> SearchConfig
 
 
 class _LosesLlamaCpp(Processes):
-    """Real workers whose llama.cpp is killed after the first outcome of the first two rounds."""
+    """Real workers whose llama.cpp is killed after the first outcome: a trial may meet the dead one of either worker."""
 
     killed: ClassVar[list[int]] = []
 
     def run(self, trials: Sequence[Trial]) -> Iterator[tuple[int, Outcome]]:
         for number, found in enumerate(super().run(trials)):
             yield found
-            if number == 0 and self._round <= 2:
+            if number == 0 and not self.killed:
                 for child in [each for worker in self._workers for each in self._children(worker)]:
                     self.killed.append(child.pid)
                     child.kill()

@@ -81,7 +81,7 @@ def _closed(to: str, results: Path) -> None:
 
 def _line(result: dict[str, Any]) -> str:
     perplexities = "  ".join(f"{split} {value:.3f}" for split, value in result["perplexity"].items())
-    spent = f"{result['token_forwards']:,} token-forwards, {result['seconds']} s; " if "seconds" in result else ""
+    spent = f"{result['token_forwards']:,.0f} token-forwards, {result['seconds']} s; " if "seconds" in result else ""
     passkeys = "" if result["passkeys"] is None else f"; passkeys {result['passkeys']}/{PASSKEYS}"
     return f"{spent}{perplexities}{passkeys}"
 

@@ -38,7 +38,7 @@ _ARMS = (
         retrieve=True),
     Arm(RELEASED, "the released code's operators, 1,344 evaluations of 5 documents", counts_search_alone=True,
         retrieve=True),
-    Arm("default", "`longrope search` as it comes: 480 forward passes on 64 documents (`--budget 7.5`: whatever the clock says)",
+    Arm("default", "`longrope search` as it comes: 480 forward passes on 64 documents (`--budget 7.5`)",
         _DEFAULT, 64, retrieve=True),
     Arm("default-dimensions", "the default without n̂", {**_DEFAULT, "start_tokens": (0,)}, 64),
     _default("default-perplexity", "`--objective perplexity`", objective="perplexity"),

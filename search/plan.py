@@ -13,8 +13,8 @@ from longrope_export.search.strategies.critical_dimension import rung_sizes
 
 # A gradient costs its forward pass and a backward pass, which counts as two more.
 GRADIENT_UNITS = 3.0
-# Shares of the budget: comparing the closed forms, and trying n̂.
-_BASELINE_SHARE, _START_SHARE = 0.2, 0.1
+# Shares of the budget: measuring each closed form, and the result beside them; and trying n̂.
+_BASELINE_SHARE, _START_SHARE = 0.04, 0.1
 # Steps on one document each before more documents a step pay; see docs/search.md.
 _STEPS_BEFORE_WIDENING = 80
 _CHECKPOINT_EVERY, _MOST_CHECKPOINTS = 10, 6
@@ -266,7 +266,7 @@ def _set_steps(share: float, measured: float, costs: _Costs) -> int:
 def _comparisons(config: SearchConfig, sizes: Sizes, measured: float) -> tuple[int, int, float]:
     """Documents that the closed forms, and the values of n̂, are compared on; and what both cost."""
     seeds = 1 if config.init else sizes.baselines
-    baseline = min(max(math.floor(_BASELINE_SHARE * measured / (seeds + 1)), 1), sizes.documents)
+    baseline = min(max(math.floor(_BASELINE_SHARE * measured), 1), sizes.documents)
     starts = min(math.floor(_START_SHARE * measured / sizes.starts), sizes.documents) if sizes.starts else 0
     starts = 0 if starts < min(2, sizes.documents) else starts
     return baseline, starts, float((seeds + 1) * baseline + starts * sizes.starts)

@@ -118,6 +118,13 @@ def test_without_start_tokens_none_are_tried() -> None:
     assert _plan(budget="60", kind="gguf").start_documents == 0
 
 
+def test_one_closed_form_leaves_the_others_share_to_the_descent() -> None:
+    many = replace(SIZES, documents=64)
+    four, one = _plan(sizes=many, budget="2"), _plan(sizes=replace(many, baselines=1), budget="2")
+    assert one.baseline_documents == four.baseline_documents == 5
+    assert one.steps == four.steps + 3 * 5 // 3
+
+
 def test_documents_per_step_can_be_set() -> None:
     plan = _plan(budget="60", gradient=GradientOptions(documents_per_step=3))
     assert plan.documents_per_step == 3

@@ -24,6 +24,8 @@ from longrope_export.search.strategies.gradient import Descent
 # wavelength-linear variant alone, and with neither PI nor NTK.
 EVOLUTION_SEEDS = ("pi", "ntk", "yarn")
 SEARCHED, INIT = "searched", "init"
+# Only the reference loader applies n̂, so by how much less perplexity, as a share, one above 0 must have.
+START_MARGIN = 0.001
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,8 @@ def choose_start_tokens(
     evaluator: Evaluator, result: LongResult, config: SearchConfig, plan: Plan
 ) -> tuple[LongResult, Mapping[int, float]]:
     """Try the values of n̂ with the factors fixed: one is taken if it is better on the search and on the validation
-    documents, so that the present one wins ties. Returns the result and the search perplexities by n̂.
+    documents, so that the present one wins ties; one above 0, which few runtimes apply, by `START_MARGIN` there. Returns the
+    result and the search perplexities by n̂.
     """
     if not plan.start_documents:
         return result, {}
@@ -166,7 +169,7 @@ def choose_start_tokens(
     if best == 0:
         return result, tried
     before, after = evaluator.mean_losses([result.candidate, candidates[best]], VALIDATION)
-    if not after < before:
+    if not perplexity(after) < perplexity(before) * (1.0 - START_MARGIN * bool(values[best])):
         return result, tried
     validation = {**result.validation, f"{result.chosen}, n̂ = {values[best]}": perplexity(after)}
     return replace(result, candidate=candidates[best], validation=validation), tried

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from longrope_export.cli.common import LENGTH, print_json, quiet_libraries
+from longrope_export.cli.common import LENGTH, print_json, quiet_libraries, result_alone_on_stdout
 
 if TYPE_CHECKING:
     from longrope_export.search.result import SearchResult
@@ -239,7 +239,7 @@ def search(as_json: bool, dry_run: bool, **options: Any) -> None:
     from longrope_export.search.run import run_search
 
     try:
-        with SearchProgress() as progress:
+        with result_alone_on_stdout(), SearchProgress() as progress:
             result = run_search(config, progress, patch_gguf)
     except KeyboardInterrupt as stopped:
         _say_stopped(config, getattr(stopped, "best", None))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
 import pytest
 
 from longrope_export.cli import main as edge
+from longrope_export.cli.common import result_alone_on_stdout
 from longrope_export.errors import InputFileError
 
 
@@ -88,3 +90,12 @@ def test_a_wrong_option_is_a_usage_error(capsys: pytest.CaptureFixture[str], tmp
         edge.main(["extend", str(tmp_path), "--to", "long"])
     assert exit_info.value.code == 2
     assert "write 16384, 32k, 1m or 4x" in capsys.readouterr().err
+
+
+def test_what_libraries_print_stays_off_stdout(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InputFileError), result_alone_on_stdout():
+        print("from Python")
+        os.write(1, b"from below\n")
+        raise InputFileError("torn")
+    click.echo("the result")
+    assert capfd.readouterr() == ("the result\n", "from Python\nfrom below\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -383,8 +384,9 @@ def test_the_command_on_ray_ends_in_the_same_bytes_though_a_worker_is_killed(
         files = [str(tiny_folder), "--to", "4x", "--data", str(text), "--out", str(tmp_path / name)]
         options = ["--budget", "16", "--documents", "2", "--validation-documents", "2", "--documents-per-step", "2"]
         executor = ["--threads", "1", "--executor", name, *(on_ray if name == "ray" else [])]
-        result = CliRunner().invoke(search, [*files, *options, *executor], catch_exceptions=False)
+        result = CliRunner().invoke(search, [*files, *options, *executor, "--json"], catch_exceptions=False)
         assert result.exit_code == 0
+        assert json.loads(result.stdout)["complete"]
     killed, after = _LosesOne.pids
     assert not _alive(killed)
     assert killed != after

@@ -80,6 +80,9 @@ def _result(candidate: Candidate) -> LongResult:
         ({4: -0.1}, {4: -0.1}, 0, 4),  # better on both
         ({4: -0.1}, {4: 0.1}, 0, 0),  # better on the search documents alone
         ({4: -0.1}, {}, 0, 0),  # no better on the validation documents
+        ({4: -0.1}, {4: -0.0009}, 0, 0),  # better there by less than the margin
+        ({4: -0.1}, {4: -0.0011}, 0, 4),  # by more
+        ({16: 0.1}, {16: 0.0001}, 16, 0),  # back to none: no margin
         ({}, {4: -0.5}, 0, 0),  # a tie on the search documents
         ({}, {}, 16, 16),  # the one that the search began with wins ties
         ({16: 0.1}, {16: 0.1}, 16, 0),  # and goes where it is worse

@@ -2,7 +2,8 @@
 
     python benchmarks/long_spans.py MODEL --to 4x --data report/ --documents 3 --methods ntk,yarn,factors/longrope.json
 
-Each (setting, document) is one forward pass of L' tokens, kept in `--runs`: the command may be stopped and given again.
+Each (setting, document) is one forward pass of L' tokens, whose spans are kept in `--results`: the command may be stopped
+and given again.
 "window" is the unmodified model on the same tokens in pieces of its own window L: what the model can do. Prints
 perplexities, the last setting's Δ log-loss against every other one by spans of 1,024 tokens with a bootstrap's 95 %
 interval over the spans, and the share of the gap between the best closed form and "window" that it closes.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -34,11 +36,14 @@ from longrope_export.scaling import RopeScaling
 
 SPAN = 1024
 WINDOW = "window"
+RESULTS = Path(__file__).resolve().parent / "results" / "smollm2"
 Losses = npt.NDArray[np.float32]
+# Mean loss and number of scored tokens of each span.
+Spans = npt.NDArray[np.float64]
 
 
 def main() -> None:
-    """Measure what is not in `--runs` yet, and print."""
+    """Measure what is not in `--results` yet, and print."""
     options = _options()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -47,11 +52,11 @@ def main() -> None:
     rows = [
         row.token_ids for row in evaluation_rows(options.data, load_tokenizer(options.model), target, options.documents)
     ]
-    losses = {
+    spans = {
         name: [_measured(options, description, target, name, record, row) for row in rows]
         for name, record in _settings(options.methods, description, target)
     }
-    print("\n".join(report(losses, description.window)))
+    print("\n".join(report(spans, description.window)))
 
 
 def _options() -> argparse.Namespace:
@@ -65,7 +70,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--runs", type=Path, default=Path("runs/spans"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     if "," not in options.methods:
         parser.error("--methods takes at least two: the last one is compared with the others")
@@ -87,23 +92,27 @@ def _measured(
     name: str,
     record: RopeScaling | None,
     row: npt.NDArray[np.int64],
-) -> Losses:
+) -> Spans:
     setting = "" if record is None else record.to_json()
     text = hashlib.sha256(row.tobytes()).hexdigest()
     identity = f"{fingerprint(options.model)} {options.dtype} {setting} {text}"
-    file = options.runs / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.npy"
+    kind = Path(name).stem if record else WINDOW
+    file = options.results / f"spans-{kind}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
     if not file.exists():
         started = time.perf_counter()
         model = load(options.model, record, dtype=getattr(torch, options.dtype))
         with torch.no_grad():
             losses = _by_window(model, row, description.window) if record is None else _whole(model, row)
-        options.runs.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        with partial.open("wb") as out:
-            np.save(out, losses)
-        partial.replace(file)
+        _write(file, {"setting": kind, "length": target, "text": text, "spans": spans_of(losses).tolist()})
         print(f"{name}: {target:,} tokens in {time.perf_counter() - started:.0f} s", flush=True)
-    return np.asarray(np.load(file))
+    return np.array(json.loads(file.read_text(encoding="utf-8"))["spans"])
+
+
+def _write(file: Path, result: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    partial.replace(file)
 
 
 def _whole(model: Any, row: npt.NDArray[np.int64]) -> Losses:
@@ -119,17 +128,16 @@ def _by_window(model: Any, row: npt.NDArray[np.int64], window: int) -> Losses:
     return losses
 
 
-def report(losses: dict[str, list[Losses]], window: int) -> list[str]:
+def report(spans: dict[str, list[Spans]], window: int) -> list[str]:
     """The lines that are printed."""
-    means = {name: float(np.nanmean(np.concatenate(each))) for name, each in losses.items()}
-    *others, judged = losses
+    joined = {name: np.concatenate(each) for name, each in spans.items()}
+    means = {name: float(np.average(each[:, 0], weights=each[:, 1])) for name, each in joined.items()}
+    *others, judged = joined
     lines = [f"{name:<40} perplexity {np.exp(mean):.3f}" for name, mean in means.items()]
     for name in others:
-        spans = np.concatenate(
-            [spans_of(mine) - spans_of(theirs) for mine, theirs in zip(losses[judged], losses[name])]
-        )
-        low, high = bootstrap_interval(spans)
-        lines.append(f"Δ log-loss to {name:<20} {spans.mean():+.4f} ({low:+.4f} … {high:+.4f}), {len(spans)} spans")
+        change = joined[judged][:, 0] - joined[name][:, 0]
+        low, high = bootstrap_interval(change)
+        lines.append(f"Δ log-loss to {name:<20} {change.mean():+.4f} ({low:+.4f} … {high:+.4f}), {len(change)} spans")
     closed = min((name for name in others if name != WINDOW), key=means.__getitem__)
     gap = means[closed] - means[WINDOW]
     won = (means[closed] - means[judged]) / gap if gap > 0 else float("nan")
@@ -139,10 +147,10 @@ def report(losses: dict[str, list[Losses]], window: int) -> list[str]:
     ]
 
 
-def spans_of(losses: Losses) -> npt.NDArray[np.float64]:
-    """Mean loss of each span of 1,024 tokens; the last one may be shorter."""
-    edges = range(0, len(losses), SPAN)
-    return np.array([np.nanmean(losses[start : start + SPAN].astype(np.float64)) for start in edges])
+def spans_of(losses: Losses) -> Spans:
+    """Each span of 1,024 tokens, the last one may be shorter: [spans, 2]."""
+    found = [losses[start : start + SPAN].astype(np.float64) for start in range(0, len(losses), SPAN)]
+    return np.array([(np.nanmean(each), np.count_nonzero(~np.isnan(each))) for each in found])
 
 
 if __name__ == "__main__":

@@ -88,13 +88,13 @@ def test_every_arm_s_options_are_a_configuration() -> None:
 
 
 def test_spans_are_compared_on_the_same_tokens(capsys: pytest.CaptureFixture[str]) -> None:
-    from long_spans import report
+    from long_spans import report, spans_of
 
     window = np.full(4095, 2.0, dtype=np.float32)
     window[::2048] = np.nan
     losses = {"window": [window], "yarn": [window + 0.4], "best": [np.full(4095, 2.1, dtype=np.float32)]}
     losses["yarn"][0][np.isnan(window)] = 2.4
-    lines = report(losses, 2048)
+    lines = report({name: [spans_of(each) for each in rows] for name, rows in losses.items()}, 2048)
     assert "Δ log-loss to yarn                 -0.3000 (-0.3000 … -0.3000), 4 spans" in lines
     assert lines[-1] == "gap of yarn to the window of 2,048: 0.4000 nats; closed by best: 75 %"
 
@@ -111,9 +111,9 @@ def test_long_spans_measures_once_and_prints(
     text = tmp_path / "text.txt"
     text.write_text(Path(long_spans.__file__).read_text(encoding="utf-8"), encoding="utf-8")
     command = [str(demo_model_path()), "--to", "2x", "--data", str(text), "--methods", "ntk,yarn", "--dtype", "float32"]
-    monkeypatch.setattr(sys, "argv", ["long_spans.py", *command, "--runs", str(tmp_path / "runs")])
+    monkeypatch.setattr(sys, "argv", ["long_spans.py", *command, "--results", str(tmp_path / "spans")])
     long_spans.main()
-    assert len(list((tmp_path / "runs").iterdir())) == 3
+    assert len(list((tmp_path / "spans").iterdir())) == 3
     first = capsys.readouterr().out.splitlines()
     assert first[-1].startswith("gap of ntk to the window of 256: ")
     # What was measured is not measured again.

@@ -159,12 +159,17 @@ def evaluation_rows(
     at_most: int | None = None,
     least: int | None = None,
 ) -> list[Row]:
-    """Distinct rows of exactly `length` tokens from text files and folders, each read once; see `rows_from_texts`."""
+    """Rows of exactly `length` tokens from text files and folders, each read once; see `rows_from_texts`."""
+    texts = ((str(path), read_text(path)) for path in distinct_files(paths))
+    return rows_from_texts(texts, tokenizer, length, documents, at_most=at_most, least=least)
+
+
+def distinct_files(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """`find_text_files`, but a file that is meant twice is there once."""
     files: dict[Path, Path] = {}
     for path in find_text_files(paths):
         files.setdefault(path.resolve(), path)
-    texts = ((str(path), read_text(path)) for path in files.values())
-    return rows_from_texts(texts, tokenizer, length, documents, at_most=at_most, least=least, distinct=True)
+    return list(files.values())
 
 
 def rows_from_texts(
@@ -175,16 +180,15 @@ def rows_from_texts(
     *,
     at_most: int | None = None,
     least: int | None = None,
-    distinct: bool = False,
 ) -> list[Row]:
     """Rows `[BOS if the tokenizer has one] + tokens`, each exactly `length` tokens, from (name, text) pairs.
 
     Every text that is long enough gives its beginning, in the given order; when that is fewer than
     `documents`, second pieces follow in the same order, then third ones: pieces of one text are consecutive
     and disjoint. With `least`, fewer than `documents` will do. Without `documents`, one row per text that is long
-    enough, `at_most` many. Texts that are too short are passed over; with `distinct` so are rows that are there already,
-    because what is searched on must not choose. Raises `TextTooShortError`, naming the longest text and its tokens, when
-    the rows do not suffice.
+    enough, `at_most` many. Texts that are too short are passed over, and so are rows that are there already, with a
+    warning: what is searched on must not choose, and what is counted twice seems surer than it is. Raises
+    `TextTooShortError`, naming the longest text and its tokens, when the rows do not suffice.
     """
     if length < 2 or (documents is not None and documents < 1):
         raise TextTooShortError(f"{documents} documents of {length} tokens: at least 1 of 2 tokens is needed")
@@ -199,10 +203,7 @@ def rows_from_texts(
         ids = encode(tokenizer, text)
         if len(ids) + len(bos) > most:
             longest, most = name, len(ids) + len(bos)
-        rows = list(itertools.islice(_pieces(name, ids, bos, body), each))
-        if distinct:
-            rows = _different(rows, seen, repeats)
-        if rows:
+        if rows := _different(itertools.islice(_pieces(name, ids, bos, body), each), seen, repeats):
             pieces.append(rows)
         if enough is not None and len(pieces) >= enough:
             break

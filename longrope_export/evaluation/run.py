@@ -181,10 +181,10 @@ def _check_runtime(options: EvaluateOptions, rows: Sequence[ModelRow]) -> None:
 
 
 def _with_texts(request: Request, tasks: Sequence[Task], options: EvaluateOptions) -> Request:
-    from longrope_export.evaluation.documents import find_text_files, load_tokenizer
+    from longrope_export.evaluation.documents import distinct_files, load_tokenizer
 
     # Paths are looked at first: the tokenizer of a big GGUF takes seconds to read.
-    request = replace(request, data=tuple(find_text_files(options.data)))
+    request = replace(request, data=tuple(distinct_files(options.data)))
     request = replace(request, tokenizer=load_tokenizer(options.models[0]))
     wanted = [entry for task in tasks if isinstance(task, ReadsDocuments) for entry in task.wanted(request)]
     request = replace(request, wanted=tuple(dict.fromkeys(wanted)))

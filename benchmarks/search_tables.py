@@ -22,9 +22,10 @@ _HEAD = """# Search results
 
 Written by `python benchmarks/search.py table` from `benchmarks/results/search/`; every row is a command of
 `benchmarks/search.py` that can be stopped and given again. The demo model (3.1 M parameters, window {window} tokens),
-float32, one thread, other work on the machine. Documents are pieces of Python's standard library: searches draw theirs
-from 64 rows of the split "search", 8 rows of "validation" choose, and 26 documents of "report" are measured once, at the
-end. Means over seeds, with the lowest and the highest.
+float32, one thread, beside other work, on processors of which one is up to twice as fast as the other: costs compare
+exactly, seconds roughly. Documents are pieces of Python's standard library: searches draw theirs from 64 rows of the split
+"search", 8 rows of "validation" choose, and 26 documents of "report" are measured once, at the end. Means over seeds, with
+the lowest and the highest.
 
 - **cost**: forward passes on documents of L' tokens, a gradient counting three. Algorithm 1 and the released operators
   count their search documents alone; the others count what they spent on the validation documents too.

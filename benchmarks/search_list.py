@@ -67,6 +67,8 @@ _ARMS = (
     _descend("average-all", "all iterates are averaged", average=1.0),
     _descend("rate-0.12", "`--learning-rate 0.12 --trust-region 0.15`", learning_rate=0.12, trust_region=0.15),
     _descend("rate-0.3", "`--learning-rate 0.3 --trust-region 0.4`", learning_rate=0.3, trust_region=0.4),
+    _descend("turns-2", "`--full-rate-turns 2`: fast pairs are slowed less", full_rate_turns=2.0),
+    _descend("turns-4", "`--full-rate-turns 4`", full_rate_turns=4.0),
     _descend("turns-8", "`--full-rate-turns 8`: fast pairs are hardly slowed", full_rate_turns=8.0),
     _change("from-ntk", "the descent begins at NTK", baselines=("ntk",)),
     _change("from-pi", "the descent begins at PI", baselines=("pi",)),

@@ -16,7 +16,7 @@ GRADIENT_UNITS = 3.0
 # Shares of the budget: measuring each closed form, and the result beside them; and trying n̂.
 _BASELINE_SHARE, _START_SHARE = 0.04, 0.1
 # Steps on one document each before more documents a step pay; see docs/search.md.
-_STEPS_BEFORE_WIDENING = 80
+_STEPS_BEFORE_WIDENING = 300
 _CHECKPOINT_EVERY, _MOST_CHECKPOINTS = 10, 6
 _FEWEST_SHORT_STEPS, _MOST_SHORT_STEPS = 8, 60
 _FEWEST_SHORT_EVALUATIONS, _MOST_SHORT_EVALUATIONS = 16, 200

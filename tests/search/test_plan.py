@@ -66,7 +66,7 @@ def test_a_gradient_s_number_of_evaluations_is_kept_and_used(evaluations: float)
 
 
 def test_wider_budgets_take_more_documents_a_step() -> None:
-    assert [_plan(budget=str(budget)).documents_per_step for budget in (15, 60, 400)] == [1, 1, 4]
+    assert [_plan(budget=str(budget)).documents_per_step for budget in (15, 240, 960)] == [1, 1, 4]
 
 
 @pytest.mark.parametrize("seconds", [120, 600, 3600])

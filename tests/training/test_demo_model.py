@@ -14,14 +14,14 @@ from longrope_export.training import demo_model
 from longrope_export.training.demo_model import Shape, main, new_model
 
 REPORT = ("argparse", "csv", "json")
-TEXT = '"""Doc {number}."""\n\n\ndef function_{number}(argument, other=None):\n    return argument + {number}\n\n'
+TEXT = '"""Doc {number} of {name}."""\n\n\ndef function_{number}(argument, other=None):\n    return argument + {number}\n\n'
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("library")
     for name in (*REPORT, "typing", "ast", "abc", "os"):
-        (folder / f"{name}.py").write_text("".join(TEXT.format(number=i) for i in range(900)))
+        (folder / f"{name}.py").write_text("".join(TEXT.format(number=i, name=name) for i in range(900)))
     (folder / "test").mkdir()
     (folder / "test" / "test_abc.py").write_text("class Case: pass\n" * 50)
     return folder

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from longrope_export.search.journal import Journal
-from longrope_export.search.protocol import Executor, Outcome, Strategy, Trial
+from longrope_export.search.protocol import Executor, Outcome, Pass, Strategy, Trial
 from longrope_export.search.space import Candidate
 
 Observer = Callable[[Trial, Outcome, bool], None]
@@ -17,7 +17,8 @@ Observer = Callable[[Trial, Outcome, bool], None]
 class Evaluator:
     """Asks each distinct trial once: the same candidate on the same document is never measured again.
 
-    `documents` holds the number of documents of each part. `observer(trial, outcome, measured_now)` is told of every
+    `documents` holds the number of documents of each part, `rows` how many candidates on one of its documents make a
+    pass, where it is not one. `observer(trial, outcome, measured_now)` is told of every
     distinct trial once: of measured ones as they arrive, then of those that the journal knows.
     """
 
@@ -27,8 +28,10 @@ class Evaluator:
         documents: Mapping[str, int],
         journal: Journal | None = None,
         observer: Observer | None = None,
+        rows: Mapping[str, int] | None = None,
     ) -> None:
         self.documents = dict(documents)
+        self._rows = dict(rows or {})
         self.asked: Counter[tuple[str, bool]] = Counter()
         self._executor = executor
         self._journal = journal
@@ -42,7 +45,9 @@ class Evaluator:
         numbers = {trial: first + index for index, trial in enumerate(fresh)}
         self.asked.update((trial.part, trial.gradient) for trial in fresh)
         stored = {trial: self._recorded(number, trial) for trial, number in numbers.items()}
-        measured = self._measure([trial for trial in fresh if stored[trial] is None], numbers)
+        # A pass holds the same trials whatever the journal knows of them: they are rounded alike after a kill.
+        passes = [each for each in self._passes(fresh) if any(stored[trial] is None for trial in each)]
+        measured = self._measure(passes, {trial: number for trial, number in numbers.items() if stored[trial] is None})
         for trial in fresh:
             self._known[trial] = stored[trial] or measured[trial]
             if self._observer and stored[trial]:
@@ -73,17 +78,36 @@ class Evaluator:
     def _recorded(self, number: int, trial: Trial) -> Outcome | None:
         return self._journal.recorded(number, trial) if self._journal else None
 
-    def _measure(self, trials: Sequence[Trial], numbers: Mapping[Trial, int]) -> dict[Trial, Outcome]:
+    def _passes(self, trials: Sequence[Trial]) -> list[Pass]:
+        """Trials in their order, those of one short document filled up to a whole pass with the next ones on it."""
+        passes: list[list[Trial]] = []
+        open_ones: dict[tuple[str, int], list[Trial]] = {}
+        for trial in trials:
+            most = 1 if trial.gradient else self._rows.get(trial.part, 1)
+            current = open_ones.get((trial.part, trial.document), []) if most > 1 else []
+            if not 0 < len(current) < most:
+                current = []
+                passes.append(current)
+            current.append(trial)
+            if most > 1:
+                open_ones[trial.part, trial.document] = current
+        return [tuple(each) for each in passes]
+
+    def _measure(self, passes: Sequence[Pass], numbers: Mapping[Trial, int]) -> dict[Trial, Outcome]:
+        """What was measured of the trials that have `numbers`; the others of a pass are known already."""
         results: dict[Trial, Outcome] = {}
         started = time.perf_counter()
-        for index, outcome in self._executor.run(trials) if trials else ():
-            trial, now = trials[index], time.perf_counter()
-            if self._journal:
-                self._journal.append(numbers[trial], trial, outcome, now - started)
-            started = now
-            results[trial] = self._known[trial] = outcome
-            if self._observer:
-                self._observer(trial, outcome, True)
+        for index, outcomes in self._executor.run(passes) if passes else ():
+            now = time.perf_counter()
+            seconds, started = (now - started) / len(outcomes), now
+            for trial, outcome in zip(passes[index], outcomes):
+                if trial not in numbers:
+                    continue
+                if self._journal:
+                    self._journal.append(numbers[trial], trial, outcome, seconds)
+                results[trial] = self._known[trial] = outcome
+                if self._observer:
+                    self._observer(trial, outcome, True)
         return results
 
 

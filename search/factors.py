@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -97,7 +97,13 @@ def search_factors(
     try:
         engine = torch_engine(model)
         header = search_header(engine, numbers, resolved, parts, init, fingerprint or fingerprint_model(model))
-        run = Run(objective, lambda: workers(parts) if workers else nullcontext(InProcess(objective)), header, init)
+        run = Run(
+            objective,
+            lambda: workers(parts) if workers else nullcontext(InProcess(objective)),
+            header,
+            init,
+            objective.rows,
+        )
         return search_measured(run, numbers, resolved, parts, journal_path, progress)
     finally:
         objective.close()
@@ -105,12 +111,16 @@ def search_factors(
 
 @dataclass(frozen=True)
 class Run:
-    """What measures in a search: the objective that is timed, what opens the executor, the journal's header, the start."""
+    """What measures in a search: the objective that is timed, what opens the executor, the journal's header, the start.
+
+    `rows` is the evaluator's.
+    """
 
     objective: TimedObjective
     executor: Callable[[], AbstractContextManager[Executor]]
     header: Mapping[str, Any]
     init: Candidate | None
+    rows: Mapping[str, int] = field(default_factory=dict)
 
 
 def search_measured(
@@ -128,7 +138,7 @@ def search_measured(
         if progress:
             progress.plan(plan, sizes, part_units(config, numbers, parts))
         with run.executor() as executor:
-            evaluator = Evaluator(executor, sizes, journal, progress.observe if progress else None)
+            evaluator = Evaluator(executor, sizes, journal, progress.observe if progress else None, run.rows)
             stages = Stages(evaluator, numbers, config, plan, run.header, part_units(config, numbers, parts), run.init)
             try:
                 return stages.run()

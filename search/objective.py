@@ -20,22 +20,25 @@ from torch.utils.checkpoint import (
     set_checkpoint_early_stop,
 )
 
-from longrope_export.evaluation.losses import body_states, check_head, head_logits, state_losses
+from longrope_export.evaluation.losses import body_states, check_head, decoder_states, head_logits, state_losses
 from longrope_export.placement import input_device, is_offloaded
 from longrope_export.rotary import FixedRotary, family_of, replace_rotary
 from longrope_export.search.memory import CHUNK, activation_bytes
 from longrope_export.search.mixture import Document, plain
-from longrope_export.search.protocol import Outcome, Trial
+from longrope_export.search.protocol import Outcome, Pass, Trial
 from longrope_export.search.space import Candidate, RopeNumbers
 
 Documents = Mapping[str, Sequence[npt.NDArray[np.int64] | Document]]
 
 # Above this much memory for one layer-by-layer backward pass, layers are recomputed instead of kept.
 KEPT_ACTIVATIONS_BYTES = 1 << 30
+# Candidates are the rows of one pass where documents are this short, up to so many tokens in all, and the model is this
+# small: beyond, rows gain nothing (`benchmarks/batched_candidates.py`).
+ROW_TOKENS, PASS_TOKENS, ROW_PARAMETERS = 256, 1024, 50_000_000
 
 
 @dataclass(frozen=True)
-class _Pass:
+class _Piece:
     """One forward pass: ids [1, T], the places whose next tokens count [n], those tokens and their weights."""
 
     ids: Tensor
@@ -48,7 +51,8 @@ class _Pass:
 class ModelObjective:
     """Weighted cross entropy of each document's tokens under a candidate; the model stays as it is otherwise.
 
-    `documents` maps a part's name to documents; a row of token ids is one whose tokens 2…T count alike. The model is
+    `documents` maps a part's name to documents; a row of token ids is one whose tokens 2…T count alike. `rows` says on
+    the documents of which parts how many candidates are best measured in one pass. The model is
     frozen, put into evaluation mode, and its rotary embedding is replaced until `close`. Raises
     `UnsupportedModelError` when its family or its head is not known.
     """
@@ -63,61 +67,84 @@ class ModelObjective:
         self._rotary = FixedRotary(numbers.rope_theta, numbers.rotary_dim)
         self._before = replace_rotary(model, self._rotary)
         self._device = input_device(model)
-        self._documents = {part: [_passes(each) for each in rows] for part, rows in documents.items()}
-        every = (each for rows in self._documents.values() for document in rows for each in document)
-        longest = max((each.ids.shape[1] for each in every), default=1)
+        self._documents = {part: [_pieces(each) for each in rows] for part, rows in documents.items()}
+        longest = max(map(_longest, self._documents.values()), default=1)
         # A backward pass without recomputation would also keep every weight that is brought from elsewhere.
         keep = activation_bytes(model, longest) <= KEPT_ACTIVATIONS_BYTES and not is_offloaded(model)
         self.recompute = not keep if recompute is None else recompute
+        small = sum(weight.numel() for weight in model.parameters()) <= ROW_PARAMETERS
+        lengths = {part: _longest(documents) for part, documents in self._documents.items()}
+        self.rows = {part: PASS_TOKENS // length for part, length in lengths.items() if small and length <= ROW_TOKENS}
         self._unchanged: dict[int, float] = {}
 
     def measure(self, trial: Trial) -> Outcome:
         """The outcome of one trial."""
-        parts = [
-            self._piece(each, trial.candidate, trial.gradient) for each in self._documents[trial.part][trial.document]
-        ]
-        loss = _finite(math.fsum(loss for loss, _ in parts))
         if not trial.gradient:
-            return Outcome(loss)
+            return self.measure_rows((trial,))[0]
+        parts = [self._slope(each, trial.candidate) for each in self._documents[trial.part][trial.document]]
+        loss = _finite(math.fsum(loss for loss, _ in parts))
         gradients = np.array([gradient for _, gradient in parts])
         return Outcome(loss, tuple(_finite(value) for value in gradients.sum(axis=0).tolist()))
+
+    def measure_rows(self, trials: Pass) -> tuple[Outcome, ...]:
+        """The outcomes of candidates on one document, no gradients: each is a row of one forward pass, with its own cos and sin."""
+        document = self._documents[trials[0].part][trials[0].document]
+        candidates = [trial.candidate for trial in trials]
+        parts = [[self._above(piece, loss) for loss in self._losses(candidates, piece)] for piece in document]
+        return tuple(Outcome(_finite(math.fsum(losses))) for losses in zip(*parts))
 
     def measure_prefix(self, candidate: Candidate, part: str, length: int, *, gradient: bool) -> None:
         """Run a pass on the first `length` tokens of the part's first document: for measuring time."""
         ids = self._documents[part][0][0].ids[0, :length].cpu().numpy()
-        (prefix,) = _passes(ids)
-        self._piece(prefix, candidate, gradient)
+        (prefix,) = _pieces(ids)
+        if gradient:
+            self._gradient(candidate, prefix)
+        else:
+            self._losses([candidate], prefix)
 
-    def _piece(self, piece: _Pass, candidate: Candidate, gradient: bool) -> tuple[float, list[float]]:
-        loss, slope = self._gradient(candidate, piece) if gradient else (self._loss(candidate, piece), [])
+    def _slope(self, piece: _Piece, candidate: Candidate) -> tuple[float, list[float]]:
+        loss, slope = self._gradient(candidate, piece)
+        above = self._above(piece, loss)
+        return above, [0.0] * len(slope) if piece.penalty and above <= 0.0 else slope
+
+    def _above(self, piece: _Piece, loss: float) -> float:
+        """The loss, or of a penalty what it is above that of the unchanged model."""
         if not piece.penalty:
-            return loss, slope
+            return loss
         if id(piece) not in self._unchanged:
             # Measured once by whoever needs it: the same number everywhere, so it is no part of the journal.
-            self._unchanged[id(piece)] = self._loss(self._numbers.short_original(), piece)
+            (self._unchanged[id(piece)],) = self._losses([self._numbers.short_original()], piece)
         above = loss - self._unchanged[id(piece)]
-        return (above, slope) if not above <= 0.0 else (0.0, [0.0] * len(slope))
+        return 0.0 if above <= 0.0 else above
 
-    def _loss(self, candidate: Candidate, piece: _Pass) -> float:
-        self._apply(candidate)
+    def _losses(self, candidates: Sequence[Candidate], piece: _Piece) -> list[float]:
+        self._apply_rows(candidates)
         with torch.no_grad():
-            hidden = body_states(self.model, piece.ids.to(self._device))[0]
-            states, targets = hidden[piece.places.to(hidden.device)], piece.targets.to(hidden.device)
-            losses = state_losses(self.model, states, targets, chunk=CHUNK)
-        return math.fsum((losses.double().cpu() * piece.weights).tolist())
+            ids = piece.ids.to(self._device).expand(len(candidates), -1)
+            hidden = decoder_states(self.model, input_ids=ids)
+            states = hidden[:, piece.places.to(hidden.device)].flatten(0, 1)
+            targets = piece.targets.to(hidden.device).repeat(len(candidates))
+            losses = state_losses(self.model, states, targets, chunk=CHUNK).view(len(candidates), -1)
+        return [math.fsum(row) for row in (losses.double().cpu() * piece.weights).tolist()]
 
     def close(self) -> None:
         """Give the model its own rotary embedding back."""
         replace_rotary(self.model, self._before)
 
-    def _apply(self, candidate: Candidate, offsets: Tensor | None = None) -> None:
-        factors = torch.tensor(self._numbers.total_factors(candidate), dtype=torch.float64)
-        attention: float | Tensor = self._numbers.total_attention_factor(candidate)
-        if offsets is not None:
-            factors, attention = factors * torch.exp(offsets[:-1]), attention * torch.exp(offsets[-1])
+    def _apply(self, candidate: Candidate, offsets: Tensor) -> None:
+        factors = torch.tensor(self._numbers.total_factors(candidate), dtype=torch.float64) * torch.exp(offsets[:-1])
+        attention = self._numbers.total_attention_factor(candidate) * torch.exp(offsets[-1])
         self._rotary.set_factors(factors, attention, candidate.start_tokens)
 
-    def _gradient(self, candidate: Candidate, piece: _Pass) -> tuple[float, list[float]]:
+    def _apply_rows(self, candidates: Sequence[Candidate]) -> None:
+        numbers = self._numbers
+        self._rotary.set_factors(
+            torch.tensor([numbers.total_factors(each) for each in candidates], dtype=torch.float64),
+            torch.tensor([numbers.total_attention_factor(each) for each in candidates], dtype=torch.float64),
+            torch.tensor([each.start_tokens for each in candidates]),
+        )
+
+    def _gradient(self, candidate: Candidate, piece: _Piece) -> tuple[float, list[float]]:
         # Offsets in (log λ …, log attention): their gradient at 0 is what the strategies descend on.
         offsets = torch.zeros(self._numbers.pairs + 1, dtype=torch.float64, requires_grad=True)
         self._apply(candidate, offsets)
@@ -126,22 +153,26 @@ class ModelObjective:
             states = hidden[piece.places.to(hidden.device)]
             loss, wanted = _head_gradient(self.model, states.detach(), piece)
             torch.autograd.backward(states, wanted)
-        self._apply(candidate)
+        self._apply_rows([candidate])
         assert offsets.grad is not None
         return loss, offsets.grad.tolist()
 
 
-def _passes(document: npt.NDArray[np.int64] | Document) -> list[_Pass]:
-    passes = []
+def _longest(documents: Sequence[Sequence[_Piece]]) -> int:
+    return max((piece.ids.shape[1] for document in documents for piece in document), default=1)
+
+
+def _pieces(document: npt.NDArray[np.int64] | Document) -> list[_Piece]:
+    pieces = []
     for piece in plain(document) if isinstance(document, np.ndarray) else document:
         ids = torch.from_numpy(np.ascontiguousarray(piece.token_ids))
         places = torch.from_numpy(np.flatnonzero(piece.weights))
         weights = torch.from_numpy(piece.weights)[places]
-        passes.append(_Pass(ids[None], places, ids[places + 1], weights, piece.penalty))
-    return passes
+        pieces.append(_Piece(ids[None], places, ids[places + 1], weights, piece.penalty))
+    return pieces
 
 
-def _head_gradient(model: nn.Module, states: Tensor, piece: _Pass) -> tuple[float, Tensor]:
+def _head_gradient(model: nn.Module, states: Tensor, piece: _Piece) -> tuple[float, Tensor]:
     """Weighted loss of hidden states [n, hidden], and its gradient in them, chunk by chunk.
 
     Each chunk's backward follows its forward at once, so no logits are kept and none are computed twice.

@@ -2,6 +2,7 @@
 
 Any strategy works with any executor and any objective. The unit of all three is a `Trial`: one candidate on one
 document. Strategies never see the clock, the executor or the order of arrival, so a seeded search has one result.
+An executor is given passes: one trial each, or several candidates on one short document, which are measured together.
 """
 
 from __future__ import annotations
@@ -43,10 +44,27 @@ class Outcome:
     gradient: tuple[float, ...] | None = None
 
 
+Pass = tuple[Trial, ...]
+
+
 class Objective(Protocol):
     """Measures one trial."""
 
     def measure(self, trial: Trial) -> Outcome: ...
+
+
+class RowsObjective(Objective, Protocol):
+    """An objective that can also measure several candidates as the rows of one forward pass."""
+
+    def measure_rows(self, trials: Pass) -> tuple[Outcome, ...]: ...
+
+
+def measured(objective: Objective, trials: Pass) -> tuple[Outcome, ...]:
+    """The outcomes of a pass; more than one trial is only asked of a `RowsObjective`."""
+    if len(trials) == 1:
+        return (objective.measure(trials[0]),)
+    rows: RowsObjective = objective  # type: ignore[assignment]
+    return rows.measure_rows(trials)
 
 
 class TimedObjective(Objective, Protocol):
@@ -56,9 +74,9 @@ class TimedObjective(Objective, Protocol):
 
 
 class Executor(Protocol):
-    """Runs trials anywhere and in any order; yields (index in `trials`, outcome) as they finish."""
+    """Runs passes anywhere and in any order; yields (index in `passes`, its trials' outcomes) as they finish."""
 
-    def run(self, trials: Sequence[Trial]) -> Iterator[tuple[int, Outcome]]: ...
+    def run(self, passes: Sequence[Pass]) -> Iterator[tuple[int, Sequence[Outcome]]]: ...
 
 
 class Strategy(Protocol):

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from longrope_export import errors
 from longrope_export.errors import LongRopeError, RuntimeFailure
-from longrope_export.search.protocol import Objective, Outcome, Trial
+from longrope_export.search.protocol import Objective, Outcome, Pass, measured
 
 _LOG = logging.getLogger(__name__)
-# A trial that loses its worker, or llama.cpp in its worker, this often is given up: it is the trial that kills them.
+# A pass that loses its worker, or llama.cpp in its worker, this often is given up: it is the pass that kills them.
 MOST_LOSSES = 3
 
 
@@ -40,23 +40,31 @@ class Failure:
         return failure
 
 
-def answer(objective: Objective, trial: Trial) -> Outcome | Failure:
-    """The outcome of a trial, or what went wrong: nothing is raised in a worker."""
+Answer = tuple[Outcome, ...] | Failure
+
+
+def answer(objective: Objective, trials: Pass) -> Answer:
+    """The outcomes of a pass, or what went wrong: nothing is raised in a worker."""
     try:
-        return objective.measure(trial)
+        return measured(objective, trials)
     except Exception as error:
         return Failure.of(error)
 
 
-def opened(result: Outcome | Failure, trial: Trial) -> Outcome:
-    """The outcome; raises the error of a failure."""
+def place(trials: Pass) -> str:
+    """The document of a pass, for messages."""
+    return f"document {trials[0].document + 1} of part {trials[0].part}"
+
+
+def opened(result: Answer, trials: Pass) -> tuple[Outcome, ...]:
+    """The outcomes; raises the error of a failure."""
     if isinstance(result, Failure):
-        raise result.error(f"on document {trial.document + 1} of part {trial.part}")
+        raise result.error(f"on {place(trials)}")
     return result
 
 
-def worth_another(result: Outcome | Failure, index: int, losses: Counter[int]) -> bool:
-    """Whether trial `index` is to be done again, because llama.cpp, a child of the worker, was lost; counts that.
+def worth_another(result: Answer, index: int, losses: Counter[int]) -> bool:
+    """Whether pass `index` is to be done again, because llama.cpp, a child of the worker, was lost; counts that.
 
     Of `RuntimeFailure`s only: what llama.cpp refuses for want of memory is one too, and may have room the next time.
     """

@@ -1,4 +1,4 @@
-"""Trials on Ray: a cluster that runs already, or one on this machine."""
+"""Passes on Ray: a cluster that runs already, or one on this machine."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 from longrope_export.errors import MissingDependencyError, RuntimeFailure
-from longrope_export.search.executors.failure import MOST_LOSSES, Failure, answer, opened, worth_another
+from longrope_export.search.executors.failure import MOST_LOSSES, Answer, Failure, answer, opened, place, worth_another
 from longrope_export.search.executors.source import ObjectiveSource
-from longrope_export.search.protocol import Objective, Outcome, Trial
+from longrope_export.search.protocol import Objective, Outcome, Pass
 
 _LOG = logging.getLogger(__name__)
 _QUIET = {"log_to_driver": False, "logging_level": "warning"}
@@ -24,11 +24,11 @@ _ANSWER, _ROOM_TOLD, _ROOM = 10.0, 60.0, 900.0
 
 
 class RayWorkers(AbstractContextManager["RayWorkers"]):
-    """Ray actors that load the model once and get the next trial when they are free.
+    """Ray actors that load the model once and get the next pass when they are free.
 
     Uses the Ray that this program is connected to, else the cluster that `RAY_ADDRESS` or `ray start` names, else
     starts one here, which `close` ends. With `gpus` the workers share the cluster's free GPUs evenly, and each sees its
-    own ones alone. A lost actor is started again by Ray and its trial done again, as when llama.cpp dies in one;
+    own ones alone. A lost actor is started again by Ray and its pass done again, as when llama.cpp dies in one;
     `RuntimeFailure` when that fails three times, when three die while loading the model, when the cluster has no room
     for the workers, or does not answer. Any other error of the objective is raised as it is.
 
@@ -52,24 +52,23 @@ class RayWorkers(AbstractContextManager["RayWorkers"]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def run(self, trials: Sequence[Trial]) -> Iterator[tuple[int, Outcome]]:
-        """(index, outcome) of every trial, as they finish."""
+    def run(self, passes: Sequence[Pass]) -> Iterator[tuple[int, Sequence[Outcome]]]:
+        """(index, outcomes) of every pass, as they finish."""
         self._wait_for_models()
-        waiting, free, losses = deque(range(len(trials))), list(self._actors), Counter[int]()
+        waiting, free, losses = deque(range(len(passes))), list(self._actors), Counter[int]()
         running: dict[Any, tuple[int, Any]] = {}
         while waiting or running:
             while waiting and free:
                 index, actor = waiting.popleft(), free.pop()
-                running[actor.measure.remote(trials[index])] = index, actor
+                running[actor.measure.remote(passes[index])] = index, actor
             for reference in self._ray.wait(list(running), num_returns=1)[0]:
                 index, actor = running.pop(reference)
                 free.append(actor)
-                trial = trials[index]
-                result = self._result(reference, f"measuring document {trial.document + 1} of part {trial.part}")
+                result = self._result(reference, f"measuring {place(passes[index])}")
                 if worth_another(result, index, losses):
                     waiting.appendleft(index)
                 else:
-                    yield index, opened(result, trial)
+                    yield index, opened(result, passes[index])
 
     def close(self) -> None:
         """End the actors, and Ray where it was started here."""
@@ -121,7 +120,7 @@ class RayWorkers(AbstractContextManager["RayWorkers"]):
 
 
 class RayWorker:
-    """The actor: opens the objective when it is first asked to, also after Ray started it again, and answers trials."""
+    """The actor: opens the objective when it is first asked to, also after Ray started it again, and answers passes."""
 
     def __init__(self, source: ObjectiveSource) -> None:
         self._source = source
@@ -133,10 +132,10 @@ class RayWorker:
         found = self._opened()
         return found if isinstance(found, Failure) else None
 
-    def measure(self, trial: Trial) -> Outcome | Failure:
-        """The outcome of a trial, or what went wrong."""
+    def measure(self, trials: Pass) -> Answer:
+        """The outcomes of a pass, or what went wrong."""
         found = self._opened()
-        return found if isinstance(found, Failure) else answer(found, trial)
+        return found if isinstance(found, Failure) else answer(found, trials)
 
     def _opened(self) -> Objective | Failure:
         if self._objective is None:

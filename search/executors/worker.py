@@ -12,9 +12,9 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import parent_process
 
 from longrope_export.runtimes.llamacpp import cause_of_death
-from longrope_export.search.executors.failure import Failure, answer
+from longrope_export.search.executors.failure import Answer, Failure, answer
 from longrope_export.search.executors.source import ObjectiveSource
-from longrope_export.search.protocol import Outcome, Trial
+from longrope_export.search.protocol import Pass
 
 READY = "ready"
 LOST = "lost"
@@ -22,9 +22,9 @@ _PATIENCE = 5.0  # seconds for a worker to leave by itself
 
 
 class Worker:
-    """A process with an objective of its own; at most one trial is with it.
+    """A process with an objective of its own; at most one pass is with it.
 
-    `job` is (round, index) of that trial. Nothing but `receive` and `end` waits.
+    `job` is (round, index) of that pass. Nothing but `receive` and `end` waits.
     """
 
     def __init__(self, source: ObjectiveSource) -> None:
@@ -40,19 +40,19 @@ class Worker:
 
     @property
     def idle(self) -> bool:
-        """Whether it can be given a trial."""
+        """Whether it can be given a pass."""
         return self.ready and self.job is None
 
-    def give(self, job: tuple[int, int], trial: Trial) -> None:
-        """Send a trial; a worker that is gone shows when its answer is read."""
+    def give(self, job: tuple[int, int], trials: Pass) -> None:
+        """Send a pass; a worker that is gone shows when its answer is read."""
         self.job = job
         with suppress(OSError):
-            self.connection.send(trial)
+            self.connection.send(trials)
 
-    def receive(self) -> Outcome | Failure | str:
+    def receive(self) -> Answer | str:
         """The answer, or `READY`, or `LOST`; the job stays until it is looked at and set to None."""
         try:
-            result: Outcome | Failure | str = self.connection.recv()
+            result: Answer | str = self.connection.recv()
         except (EOFError, OSError):
             return LOST
         self.ready = self.ready or result == READY
@@ -79,7 +79,7 @@ class Worker:
 
 
 def serve(connection: Connection, source: ObjectiveSource) -> None:
-    """The worker's life: open the objective, answer trials until the pipe ends."""
+    """The worker's life: open the objective, answer passes until the pipe ends."""
     # Ctrl-C reaches the whole group of processes; the one that owns the workers decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, daemon=True).start()

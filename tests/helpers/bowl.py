@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from longrope_export.search.evaluator import Evaluator
 from longrope_export.search.executors.local import InProcess
-from longrope_export.search.protocol import SEARCH, VALIDATION, Executor, Outcome, Strategy, Trial
+from longrope_export.search.protocol import SEARCH, VALIDATION, Executor, Outcome, Pass, Strategy, Trial, measured
 from longrope_export.search.space import RopeNumbers
 
 NUMBERS = RopeNumbers(rope_theta=10000.0, rotary_dim=16, window=256, target=1024)
@@ -38,9 +38,9 @@ class Bowl:
 class LastFirst:
     """An executor whose results arrive in the opposite order."""
 
-    def run(self, trials: Sequence[Trial]) -> Iterator[tuple[int, Outcome]]:
-        for index in reversed(range(len(trials))):
-            yield index, Bowl().measure(trials[index])
+    def run(self, passes: Sequence[Pass]) -> Iterator[tuple[int, Sequence[Outcome]]]:
+        for index in reversed(range(len(passes))):
+            yield index, measured(Bowl(), passes[index])
 
 
 def bowl_evaluator(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from longrope_export.errors import InputFileError, RuntimeFailure
-from longrope_export.search.protocol import Outcome, Trial
+from longrope_export.search.protocol import Outcome, Pass, Trial
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,9 @@ class ToyObjective:
             raise ZeroDivisionError("division by zero\nwith a second line")
         time.sleep(source.slow_first if document == 0 else source.seconds)
         return toy_outcome(trial)
+
+    def measure_rows(self, trials: Pass) -> tuple[Outcome, ...]:
+        return tuple(map(self.measure, trials))
 
 
 def toy_outcome(trial: Trial) -> Outcome:

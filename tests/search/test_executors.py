@@ -26,7 +26,7 @@ from longrope_export.search.executors import ray as ray_module
 from longrope_export.search.executors.ray import gpu_share
 from longrope_export.search.journal import Journal
 from longrope_export.search.measuring import worker_threads
-from longrope_export.search.protocol import SEARCH, Outcome, Trial
+from longrope_export.search.protocol import SEARCH, Outcome, Pass, Trial
 from longrope_export.search.space import Candidate
 
 HELPERS = Path(__file__).resolve().parents[1] / "helpers"
@@ -71,9 +71,14 @@ def _trials(documents: int, gradient: bool = False) -> list[Trial]:
     return [Trial(each, SEARCH, document, gradient) for each in candidates for document in range(documents)]
 
 
+def _alone(trials: list[Trial]) -> list[Pass]:
+    """Each trial as a pass."""
+    return [(trial,) for trial in trials]
+
+
 def _in_order(executor: Any, trials: list[Trial]) -> list[Outcome]:
-    found = dict(executor.run(trials))
-    return [found[index] for index in range(len(trials))]
+    found = dict(executor.run(_alone(trials)))
+    return [found[index][0] for index in range(len(trials))]
 
 
 def _opened(folder: Path) -> list[int]:
@@ -100,7 +105,7 @@ def test_outcomes_are_those_of_one_process(start: Any, tmp_path: Path, kind: str
 
 def test_a_free_worker_gets_the_next_trial(start: Any, tmp_path: Path) -> None:
     trials = _trials(6)[:6]
-    arrived = [index for index, _ in start("processes", ToySource(tmp_path, slow_first=1.0)).run(trials)]
+    arrived = [index for index, _ in start("processes", ToySource(tmp_path, slow_first=1.0)).run(_alone(trials))]
     assert arrived[-1] == 0
     assert sorted(arrived) == list(range(6))
     assert len(_workers(tmp_path)) == 2
@@ -178,7 +183,7 @@ def test_a_worker_killed_while_idle_is_replaced(start: Any, tmp_path: Path) -> N
 
 def test_what_an_abandoned_round_still_measures_is_dropped(start: Any, tmp_path: Path) -> None:
     trials, executor = _trials(4)[:4], start("processes", ToySource(tmp_path, seconds=0.3))
-    next(executor.run(trials))
+    next(executor.run(_alone(trials)))
     other = [Trial(Candidate((9.0, 9.0)), SEARCH, document) for document in range(4)]
     assert _in_order(executor, other) == [toy_outcome(trial) for trial in other]
 
@@ -186,7 +191,7 @@ def test_what_an_abandoned_round_still_measures_is_dropped(start: Any, tmp_path:
 def test_close_lets_idle_workers_finish_and_stops_busy_ones(tmp_path: Path) -> None:
     source = ToySource(tmp_path, slow_first=60.0)
     with Processes(source, 2) as executor:
-        run = executor.run(_trials(2)[:2])
+        run = executor.run(_alone(_trials(2)[:2]))
         assert next(run)[0] == 1
         started = time.monotonic()
     assert time.monotonic() - started < 10
@@ -213,7 +218,7 @@ from longrope_export.search.space import Candidate
 if __name__ == "__main__":
     try:
         with Processes(ToySource(Path(sys.argv[1]), seconds=60, slow_first=60), 2) as executor:
-            list(executor.run([Trial(Candidate((1.0,)), SEARCH, document) for document in range(4)]))
+            list(executor.run([(Trial(Candidate((1.0,)), SEARCH, document),) for document in range(4)]))
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
@@ -278,15 +283,15 @@ def test_a_cluster_that_others_use_is_waited_for_and_given_up(
 ) -> None:
     monkeypatch.setattr(ray_module, "_ROOM_TOLD", 0.5)
     with RayWorkers(ToySource(tmp_path), 1, 3) as others:
-        dict(others.run(_trials(1)))
+        dict(others.run(_alone(_trials(1))))
         monkeypatch.setattr(ray_module, "_ROOM", 1.0)
         with RayWorkers(ToySource(tmp_path), 2) as executor, pytest.raises(RuntimeFailure, match="no room for 2 of 2"):
-            dict(executor.run(_trials(3)))
+            dict(executor.run(_alone(_trials(3))))
         assert "no room yet for 2 of 2 workers" in caplog.text
         monkeypatch.setattr(ray_module, "_ROOM", 50.0)
         with RayWorkers(ToySource(tmp_path), 1) as executor:
             others.close()
-            assert len(dict(executor.run(_trials(3)))) == 6
+            assert len(dict(executor.run(_alone(_trials(3))))) == 6
 
 
 def test_the_threads_are_an_even_share_of_the_cluster_s(ray_here: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,8 +363,8 @@ class _LosesOne(RayWorkers):
         super().__init__(*arguments, **options)
         self.workers.append(len(self._actors))
 
-    def run(self, trials: Sequence[Trial]) -> Iterator[tuple[int, Outcome]]:
-        for found in super().run(trials):
+    def run(self, passes: Sequence[Pass]) -> Iterator[tuple[int, Sequence[Outcome]]]:
+        for found in super().run(passes):
             yield found
             if not self.pids:
                 self.pids.append(self._first())

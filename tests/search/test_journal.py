@@ -16,7 +16,7 @@ from full_disk import can_mount, on_small_disk
 from longrope_export.errors import InputFileError, OutputError, StaleStateError
 from longrope_export.search.evaluator import Evaluator
 from longrope_export.search.journal import Journal
-from longrope_export.search.protocol import SEARCH, Outcome, Trial
+from longrope_export.search.protocol import SEARCH, Outcome, Pass, Trial
 from longrope_export.search.space import Candidate
 
 HEADER = {
@@ -127,10 +127,10 @@ class Counting:
     def __init__(self) -> None:
         self.ran: list[Trial] = []
 
-    def run(self, trials: Sequence[Trial]) -> Iterator[tuple[int, Outcome]]:
-        for index in reversed(range(len(trials))):
-            self.ran.append(trials[index])
-            yield index, Outcome(trials[index].candidate.factors[1] + trials[index].document)
+    def run(self, passes: Sequence[Pass]) -> Iterator[tuple[int, Sequence[Outcome]]]:
+        for index in reversed(range(len(passes))):
+            self.ran += passes[index]
+            yield index, [Outcome(trial.candidate.factors[1] + trial.document) for trial in passes[index]]
 
 
 def test_each_trial_is_measured_once_in_a_search_and_never_again_from_a_journal(tmp_path: Path) -> None:

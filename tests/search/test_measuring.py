@@ -20,11 +20,10 @@ from longrope_export.demo import demo_model_path
 from longrope_export.errors import LongRopeError, MissingDependencyError, UnsupportedModelError
 from longrope_export.search import measuring
 from longrope_export.search.config import EvolutionOptions, SearchConfig
-from longrope_export.search.executors import Processes
+from longrope_export.search.executors import InProcess, Processes
 from longrope_export.search.measuring import worker_threads
-from longrope_export.search.objective import ModelObjective
 from longrope_export.search.plan import Timing
-from longrope_export.search.protocol import Outcome, Trial
+from longrope_export.search.protocol import Outcome, Pass, Trial
 from longrope_export.search.run import run_search
 
 EVOLUTION = EvolutionOptions(population=2, iterations=1, mutations=1, crossovers=1, parents=2)
@@ -47,14 +46,14 @@ def expected(tiny_folder: Path, text: Path, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture
 def measured_here(monkeypatch: pytest.MonkeyPatch) -> list[Trial]:
     """Gets every trial that this process, and none of its workers, measures."""
-    trials, measure = [], ModelObjective.measure
+    noted, run = [], InProcess.run
 
-    def noted(objective: ModelObjective, trial: Trial) -> Outcome:
-        trials.append(trial)
-        return measure(objective, trial)
+    def noting(executor: InProcess, passes: Sequence[Pass]) -> Iterator[tuple[int, Sequence[Outcome]]]:
+        noted.extend(trial for trials in passes for trial in trials)
+        return run(executor, passes)
 
-    monkeypatch.setattr(ModelObjective, "measure", noted)
-    return trials
+    monkeypatch.setattr(InProcess, "run", noting)
+    return noted
 
 
 def test_several_processes_write_the_same_bytes_and_another_executor_goes_on(
@@ -71,7 +70,10 @@ def test_several_processes_write_the_same_bytes_and_another_executor_goes_on(
     journal.write_bytes(b"".join(lines[: len(lines) // 2]))
     run_search(_config(tiny_folder, text, out, budget="12"))
     assert record.read_bytes() == expected
-    assert len(measured_here) == len(lines) - len(lines) // 2
+    # A pass that the cut went through is measured whole again, and nothing of the journal is written anew.
+    again = journal.read_bytes().splitlines(keepends=True)
+    assert sorted(json.loads(line)["trial"] for line in again[1:]) == list(range(len(lines) - 1))
+    assert len(lines) - len(lines) // 2 <= len(measured_here) < len(lines) - 1
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +103,8 @@ class _LosesLlamaCpp(Processes):
 
     killed: ClassVar[list[int]] = []
 
-    def run(self, trials: Sequence[Trial]) -> Iterator[tuple[int, Outcome]]:
-        for number, found in enumerate(super().run(trials)):
+    def run(self, passes: Sequence[Pass]) -> Iterator[tuple[int, Sequence[Outcome]]]:
+        for number, found in enumerate(super().run(passes)):
             yield found
             if number == 0 and not self.killed:
                 for child in [each for worker in self._workers for each in self._children(worker)]:

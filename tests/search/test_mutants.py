@@ -30,7 +30,7 @@ from longrope_export.search.journal import Journal
 from longrope_export.search.long import LongSearch
 from longrope_export.search.objective import ModelObjective
 from longrope_export.search.plan import Plan
-from longrope_export.search.protocol import SEARCH, VALIDATION, Outcome, Trial
+from longrope_export.search.protocol import SEARCH, VALIDATION, Outcome, Pass, Trial
 from longrope_export.search.short import search_short
 from longrope_export.search.space import Candidate
 from longrope_export.search.strategies import gradient, racing
@@ -196,8 +196,8 @@ def _ties_are_won(patch: pytest.MonkeyPatch) -> None:
 def _in_order_of_arrival(executor: Any, patch: pytest.MonkeyPatch) -> None:
     real = executor.run
 
-    def run(self: Any, trials: Sequence[Trial]) -> Iterator[tuple[int, Outcome]]:
-        return enumerate(outcome for _, outcome in real(self, trials))
+    def run(self: Any, passes: Sequence[Pass]) -> Iterator[tuple[int, Sequence[Outcome]]]:
+        return enumerate(outcomes for _, outcomes in real(self, passes))
 
     patch.setattr(executor, "run", run)
 

@@ -42,7 +42,7 @@ def test_a_ray_that_is_started_here_is_ended_here(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("OMP_NUM_THREADS", "10")
     assert worker_threads(SearchConfig(executor="ray", workers=2)) == 5
     with RayWorkers(ToySource(tmp_path), 1, 5) as executor:
-        assert dict(executor.run([TRIAL])) == {0: toy_outcome(TRIAL)}
+        assert dict(executor.run([(TRIAL,)])) == {0: (toy_outcome(TRIAL),)}
         assert ray.cluster_resources()["CPU"] == 5
     assert not ray.is_initialized()
 

@@ -81,16 +81,14 @@ class Evaluator:
     def _passes(self, trials: Sequence[Trial]) -> list[Pass]:
         """Trials in their order, those of one short document filled up to a whole pass with the next ones on it."""
         passes: list[list[Trial]] = []
-        open_ones: dict[tuple[str, int], list[Trial]] = {}
+        last: dict[tuple[str, int, bool], list[Trial]] = {}
         for trial in trials:
             most = 1 if trial.gradient else self._rows.get(trial.part, 1)
-            current = open_ones.get((trial.part, trial.document), []) if most > 1 else []
-            if not 0 < len(current) < most:
-                current = []
-                passes.append(current)
-            current.append(trial)
-            if most > 1:
-                open_ones[trial.part, trial.document] = current
+            key = trial.part, trial.document, trial.gradient
+            if len(last.get(key, ())) % most == 0:
+                last[key] = []
+                passes.append(last[key])
+            last[key].append(trial)
         return [tuple(each) for each in passes]
 
     def _measure(self, passes: Sequence[Pass], numbers: Mapping[Trial, int]) -> dict[Trial, Outcome]:

@@ -119,7 +119,7 @@ def measured(bench: Bench, candidate: Candidate, search_rows: Sequence[Row], ret
     perplexities = {split: math.exp(evaluator.mean_losses([candidate], split)[0]) for split in rows}
     (yarn,) = evaluator.mean_losses([bench.candidate("yarn")], SEARCH)
     report = evaluator.evaluate([Trial(candidate, "report", index) for index in range(len(rows["report"]))])
-    objective._apply(candidate)  # passkeys are scored with the model as the search sees it
+    objective.apply([candidate])  # passkeys are scored with the model as the search sees it
     passkeys = evaluate_passkey(bench.model, bench.tokenizer, [bench.numbers.target], PASSKEYS) if retrieve else None
     objective.close()
     right = None if passkeys is None else sum(bool(trial.forced) for trial in passkeys.trials)

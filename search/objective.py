@@ -118,7 +118,7 @@ class ModelObjective:
         return 0.0 if above <= 0.0 else above
 
     def _losses(self, candidates: Sequence[Candidate], piece: _Piece) -> list[float]:
-        self._apply_rows(candidates)
+        self.apply(candidates)
         with torch.no_grad():
             ids = piece.ids.to(self._device).expand(len(candidates), -1)
             hidden = decoder_states(self.model, input_ids=ids)
@@ -126,6 +126,15 @@ class ModelObjective:
             targets = piece.targets.to(hidden.device).repeat(len(candidates))
             losses = state_losses(self.model, states, targets, chunk=CHUNK).view(len(candidates), -1)
         return [math.fsum(row) for row in (losses.double().cpu() * piece.weights).tolist()]
+
+    def apply(self, candidates: Sequence[Candidate]) -> None:
+        """Have the next forward pass apply each candidate to its row; a single one applies to every row."""
+        numbers = self._numbers
+        self._rotary.set_factors(
+            torch.tensor([numbers.total_factors(each) for each in candidates], dtype=torch.float64),
+            torch.tensor([numbers.total_attention_factor(each) for each in candidates], dtype=torch.float64),
+            torch.tensor([each.start_tokens for each in candidates]),
+        )
 
     def close(self) -> None:
         """Give the model its own rotary embedding back."""
@@ -136,14 +145,6 @@ class ModelObjective:
         attention = self._numbers.total_attention_factor(candidate) * torch.exp(offsets[-1])
         self._rotary.set_factors(factors, attention, candidate.start_tokens)
 
-    def _apply_rows(self, candidates: Sequence[Candidate]) -> None:
-        numbers = self._numbers
-        self._rotary.set_factors(
-            torch.tensor([numbers.total_factors(each) for each in candidates], dtype=torch.float64),
-            torch.tensor([numbers.total_attention_factor(each) for each in candidates], dtype=torch.float64),
-            torch.tensor([each.start_tokens for each in candidates]),
-        )
-
     def _gradient(self, candidate: Candidate, piece: _Piece) -> tuple[float, list[float]]:
         # Offsets in (log λ …, log attention): their gradient at 0 is what the strategies descend on.
         offsets = torch.zeros(self._numbers.pairs + 1, dtype=torch.float64, requires_grad=True)
@@ -153,7 +154,7 @@ class ModelObjective:
             states = hidden[piece.places.to(hidden.device)]
             loss, wanted = _head_gradient(self.model, states.detach(), piece)
             torch.autograd.backward(states, wanted)
-        self._apply_rows([candidate])
+        self.apply([candidate])
         assert offsets.grad is not None
         return loss, offsets.grad.tolist()
 

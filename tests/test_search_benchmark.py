@@ -87,6 +87,25 @@ def test_every_arm_s_options_are_a_configuration() -> None:
         assert arm.config.resolve(NUMBERS, "hf").documents == arm.documents
 
 
+def test_an_arm_is_searched_measured_and_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import search_arms
+
+    for name, count in {"POOL": 4, "VALIDATION": 1, "REPORT": 2, "PASSKEYS": 4}.items():
+        monkeypatch.setattr(search_arms, name, count)
+    options = {"budget": "4", "short": "original", "baselines": ("yarn",), "objective": "perplexity"}
+    arm = search_arms.Arm("tiny", "a few steps", {**options, "validation_documents": 1}, documents=2, retrieve=True)
+    bench = search_arms.Bench.open("2x")
+    found = search_arms.run_arm(bench, arm, 0, tmp_path)
+    assert found["passkeys"] == 4
+    assert found["search_forwards"] <= 8
+    assert found["perplexity"]["search"] <= found["yarn_on_search"]
+    assert np.exp(np.mean(found["report_losses"])) == pytest.approx(found["perplexity"]["report"])
+    assert search_arms.run_arm(bench, arm, 0, tmp_path) == found
+    unchanged = search_arms.measured(bench, bench.candidate("unchanged"), bench.searched_rows(2, 0))
+    assert unchanged["passkeys"] < 4
+    assert unchanged["perplexity"]["report"] > found["perplexity"]["report"]
+
+
 def test_spans_are_compared_on_the_same_tokens(capsys: pytest.CaptureFixture[str]) -> None:
     from long_spans import report, spans_of
 

@@ -119,8 +119,8 @@ def test_a_row_s_loss_is_its_candidate_s_in_a_mixture_with_a_penalty(tiny: Any) 
 
 
 def _mixed_up(patch: pytest.MonkeyPatch, change: Callable[[list[Any]], list[Any]]) -> None:
-    real = ModelObjective._apply_rows
-    patch.setattr(ModelObjective, "_apply_rows", lambda self, candidates: real(self, change(list(candidates))))
+    real = ModelObjective.apply
+    patch.setattr(ModelObjective, "apply", lambda self, candidates: real(self, change(list(candidates))))
 
 
 MUTANTS: dict[str, Callable[[list[Any]], list[Any]]] = {

@@ -14,7 +14,7 @@ import argparse
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def processor_seconds() -> float:
     return sum(os.times()[:4])
 
 
-def report(name: str, dtype: torch.dtype, runs: dict[str, Callable[[], float]], rounds: int) -> float:
+def report(name: str, dtype: torch.dtype, runs: Mapping[str, Callable[[], float]], rounds: int) -> float:
     """Print one line; the best eager seconds."""
     runs["eager"]()
     started = processor_seconds()

@@ -122,7 +122,7 @@ def write_shards(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
         if sum(2 * int(np.prod(other)) for other in shards[-1].values()) > SHARD_BYTES:
             shards.append({})
         shards[-1][name] = shape
-    weights = {}
+    weights: dict[str, str] = {}
     for number, tensors in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         weights |= dict.fromkeys(tensors, name)

@@ -95,7 +95,7 @@ def _child(path: Path, dtype: str, length: int, rounds: int) -> dict[str, list[f
 
     def bare() -> None:
         with torch.no_grad():
-            for states in body_states(model, ids)[0, :-1].split(CHUNK):
+            for states in torch.split(body_states(model, ids)[0, :-1], CHUNK):
                 head_logits(model, states)
 
     runs = {

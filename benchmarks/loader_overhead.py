@@ -49,7 +49,8 @@ def main() -> None:
 @torch.no_grad()
 def measure(tokens: int, steps: int, rounds: int) -> dict[str, Any]:
     """Ratios ours / stock as {"best", "rounds": [lowest, highest]}, and the milliseconds a call costs more."""
-    stock, result = build(SMOLLM2), {}
+    result: dict[str, Any] = {}
+    stock = build(SMOLLM2)
     for name, window, continued in (
         ("forward", tokens // 2, 0),
         ("continuation", 4 * tokens, steps),

@@ -88,7 +88,9 @@ def measure_ratio(path: Path, length: int, rounds: int) -> None:
             "evaluation": lambda: evaluate_perplexity(model, [row], [length], chunk=CHUNK),
             "chunked": lambda: chunked.losses(row.token_ids),
         }
-        for number, (part, targets) in enumerate(zip(states.split(CHUNK), ids[0, 1:].split(CHUNK), strict=True)):
+        for number, (part, targets) in enumerate(
+            zip(torch.split(states, CHUNK), torch.split(ids[0, 1:], CHUNK), strict=True)
+        ):
             runs[f"head {number}"] = partial(head_logits, model, part)
             runs[f"losses {number}"] = partial(state_losses, model, part, targets, chunk=CHUNK)
         seconds = alternating_seconds(runs, rounds, time.process_time)

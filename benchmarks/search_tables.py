@@ -99,7 +99,8 @@ def _row(name: str, runs: Sequence[Result], yarn: float, yardstick: Sequence[Res
 
 def mean_report(runs: Sequence[Result]) -> float:
     """Mean report perplexity over the seeds."""
-    return statistics.mean(run["perplexity"]["report"] for run in runs)
+    reports: list[float] = [run["perplexity"]["report"] for run in runs]
+    return statistics.mean(reports)
 
 
 def overfitting_gap(run: Result, yarn_on_report: float) -> float:

@@ -21,7 +21,8 @@ from longrope_export.evaluation.stdlib_corpus import Split, documents
 
 def long_texts(split: Split, tokens: int, count: Callable[[str], int]) -> Iterator[tuple[str, str]]:
     """(name, text) pairs of at least `tokens` tokens each, in the order of their names."""
-    names, text = [], ""
+    names: list[str] = []
+    text = ""
     for document in documents(split):
         names, text = [*names, document.name], text + document.text
         if count(text) >= tokens:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,19 +41,19 @@ def main() -> None:
     group = tokens // 4
     whole = ((tokens,),)
     _compare("one document", options.rounds, {
-        "stock": _step(inputs, _stock),
+        "stock": _step(inputs, partial(_stock, None)),
         "longrope_full": _step(inputs, _ours("longrope_full", Pattern(whole, group))),
         "longrope_s2": _step(inputs, _ours("longrope_s2", Pattern(whole, group))),
         "longrope_scca fixed": _step(inputs, _ours("longrope_scca", Pattern(whole, group))),
         "longrope_scca flow": _step(inputs, _ours("longrope_scca", Pattern(whole, group, "flow"))),
     })  # fmt: skip
     _compare("packed documents", options.rounds, {
-        "stock": _step(inputs, lambda *states: _stock(*states, mask=_document_mask(short))),
+        "stock": _step(inputs, lambda *states: _stock(_document_mask(short), *states)),
         "one call a document": _step(inputs, lambda *states: _one_by_one(short, *states)),
         "longrope_full": _step(inputs, _ours("longrope_full", Pattern((short,), group))),
     })  # fmt: skip
     _compare("sliding window", options.rounds, {
-        "stock": _step(inputs, lambda *states: _stock(*states, mask=_window_mask(tokens))),
+        "stock": _step(inputs, lambda *states: _stock(_window_mask(tokens), *states)),
         "longrope_full": _step(inputs, _ours("longrope_full", Pattern(whole, group), sliding_window=WINDOW)),
     })  # fmt: skip
 
@@ -66,7 +67,7 @@ def _compare(title: str, rounds: int, runs: dict[str, Callable[[], object]]) -> 
 def _step(inputs: list[Tensor], attend: Callable[..., Tensor]) -> Callable[[], object]:
     def run() -> None:
         states = [part.detach().requires_grad_() for part in inputs]
-        attend(*states).sum().backward()
+        torch.autograd.backward(attend(*states).sum())
 
     return run
 
@@ -76,7 +77,7 @@ def _ours(name: str, pattern: Pattern, **more: Any) -> Callable[..., Tensor]:
     return lambda *states: function(None, *states, None, longrope_pattern=pattern, **more)[0]
 
 
-def _stock(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+def _stock(mask: Tensor | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     # As transformers does: grouped heads without a mask, repeated ones with it.
     if mask is not None:
         key, value = (states.repeat_interleave(HEADS // KEY_HEADS, 1) for states in (key, value))
@@ -85,7 +86,9 @@ def _stock(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
 
 
 def _one_by_one(lengths: tuple[int, ...], *states: Tensor) -> Tensor:
-    return torch.cat([_stock(*pieces) for pieces in zip(*(part.split(lengths, 2) for part in states))], 2)
+    return torch.cat(
+        [_stock(None, *pieces) for pieces in zip(*(torch.split(part, list(lengths), 2) for part in states))], 2
+    )
 
 
 def _document_mask(lengths: tuple[int, ...]) -> Tensor:
@@ -102,7 +105,8 @@ def _causal(tokens: int) -> Tensor:
 
 
 def _short_documents(tokens: int) -> list[int]:
-    lengths, rng = [], np.random.default_rng(0)
+    lengths: list[int] = []
+    rng = np.random.default_rng(0)
     while (left := tokens - sum(lengths)) > 0:
         lengths.append(min(left, int(rng.integers(16, 128, endpoint=True))))
     return lengths

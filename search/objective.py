@@ -20,7 +20,13 @@ from torch.utils.checkpoint import (
     set_checkpoint_early_stop,
 )
 
-from longrope_export.evaluation.losses import body_states, check_head, decoder_states, head_logits, state_losses
+from longrope_export.evaluation.losses import (
+    body_states,
+    check_head,
+    decoder_states,
+    state_losses,
+    state_losses_and_gradients,
+)
 from longrope_export.placement import input_device, is_offloaded
 from longrope_export.rotary import FixedRotary, family_of, replace_rotary
 from longrope_export.search.memory import CHUNK, activation_bytes
@@ -152,11 +158,13 @@ class ModelObjective:
         with _recomputed_layers(self.model, self.recompute):
             hidden = body_states(self.model, piece.ids.to(self._device))[0]
             states = hidden[piece.places.to(hidden.device)]
-            loss, wanted = _head_gradient(self.model, states.detach(), piece)
-            torch.autograd.backward(states, wanted)
+            targets, weights = piece.targets.to(states.device), piece.weights.to(states.device, torch.float32)
+            losses, slopes, _ = state_losses_and_gradients(self.model, states.detach(), targets, chunk=CHUNK)
+            # A token's loss depends on its own state alone.
+            torch.autograd.backward(states, (slopes * weights[:, None]).to(states.dtype))
         self.apply([candidate])
         assert offsets.grad is not None
-        return loss, offsets.grad.tolist()
+        return math.fsum((losses.double().cpu() * piece.weights).tolist()), offsets.grad.tolist()
 
 
 def _longest(documents: Sequence[Sequence[_Piece]]) -> int:
@@ -171,23 +179,6 @@ def _pieces(document: npt.NDArray[np.int64] | Document) -> list[_Piece]:
         weights = torch.from_numpy(piece.weights)[places]
         pieces.append(_Piece(ids[None], places, ids[places + 1], weights, piece.penalty))
     return pieces
-
-
-def _head_gradient(model: nn.Module, states: Tensor, piece: _Piece) -> tuple[float, Tensor]:
-    """Weighted loss of hidden states [n, hidden], and its gradient in them, chunk by chunk.
-
-    Each chunk's backward follows its forward at once, so no logits are kept and none are computed twice.
-    """
-    targets, weights = piece.targets, piece.weights.to(torch.float32)
-    gradients, total = torch.empty_like(states), []
-    for place in (slice(start, start + CHUNK) for start in range(0, len(targets), CHUNK)):
-        chunk = states[place].requires_grad_()
-        with torch.enable_grad():
-            logits = head_logits(model, chunk).float()
-            losses = nn.functional.cross_entropy(logits, targets[place].to(logits.device), reduction="none")
-            (gradients[place],) = torch.autograd.grad(losses @ weights[place].to(losses.device), chunk)
-        total += (losses.detach().double().cpu() * piece.weights[place]).tolist()
-    return math.fsum(total), gradients
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,7 @@ IGNORED = -100
 # Logits become losses in blocks of about this many float32 values, which stay in the processor's cache: at a vocabulary
 # of 49,152 that is five times as fast as on whole chunks.
 _BLOCK_VALUES = 1 << 18
+_LOG2_E = math.log2(math.e)
 
 # What families do to lm_head's output, by the attribute of their config (transformers' modeling_{granite,cohere,
 # gemma2,gemma3}.py). `check_head` refuses a model whose own logits differ from this.
@@ -192,5 +194,6 @@ def _cross_entropy(logits: Tensor, targets: Tensor, buffer: Tensor) -> tuple[Ten
     values = buffer.copy_(logits)
     wanted = values.gather(-1, targets.clamp(min=0)[:, None])
     largest = values.amax(-1, keepdim=True)
-    sums = values.sub_(largest).exp_().sum(-1, keepdim=True)
+    # exp2 takes a third of exp's time where torch leaves exp to MKL and the processor is not Intel's.
+    sums = values.sub_(largest).mul_(_LOG2_E).exp2_().sum(-1, keepdim=True)
     return (sums.log() + largest - wanted)[:, 0].masked_fill_(targets < 0, 0.0), sums

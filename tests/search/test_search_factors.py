@@ -460,7 +460,7 @@ def test_short_pieces_without_bos() -> None:
 
 
 def test_a_model_that_ignores_its_factors_is_refused(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_apply", "_apply_rows"):
+    for name in ("_apply", "apply"):
         monkeypatch.setattr(ModelObjective, name, lambda self, *_: None)
     with pytest.raises(UnsupportedModelError, match="exactly the same loss"):
         _run(tiny, **GRADIENT)

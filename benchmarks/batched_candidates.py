@@ -1,6 +1,6 @@
 """Several candidates as the rows of one forward pass, each with its own cos and sin, against one after another.
 
-    python benchmarks/batched_candidates.py [MODEL] [--lengths 64,128,256,512,1024] [--rows N] [--rounds 5] [--threads 1]
+    python benchmarks/batched_candidates.py [MODEL] [--lengths 32,64,128,256,512,1024] [--rows N] [--rounds 5] [--threads 1]
 
 The demo model unless another is named, in float32; as many rows as a search takes, 1,024 tokens together and at least two,
 unless `--rows` says otherwise. Times are processor seconds of all threads, the best of the rounds; the losses of both ways
@@ -32,7 +32,7 @@ def main() -> None:
     """Print one line a length."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?", default=demo_model_path())
-    parser.add_argument("--lengths", default="64,128,256,512,1024")
+    parser.add_argument("--lengths", default="32,64,128,256,512,1024")
     parser.add_argument("--rows", type=int)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)

@@ -94,6 +94,10 @@ def _moved(frequencies: Tensor, device: torch.device) -> Tensor:
     return frequencies if device.type == "mps" and frequencies.dtype == torch.float64 else frequencies.to(device)
 
 
+def _doubled(frequencies: Tensor) -> Tensor:
+    return (frequencies.cpu() if frequencies.is_mps else frequencies).double()
+
+
 class FixedRotary(nn.Module):
     """A model's rotary embedding whose set is chosen from outside, never from the positions of one call.
 
@@ -237,7 +241,7 @@ def _other_layer_types(module: nn.Module) -> dict[str, RotarySet]:
     # Plain float64 copies: the stock module's buffers would be rounded by `.to(bfloat16)`.
     return {
         kind: RotarySet(
-            getattr(module, f"{kind}_inv_freq").detach().double(),
+            _doubled(getattr(module, f"{kind}_inv_freq").detach()),
             float(getattr(module, f"{kind}_attention_scaling")),
             0,
         )

@@ -15,7 +15,7 @@ Observer = Callable[[Trial, Outcome, bool], None]
 
 
 class Evaluator:
-    """Asks each distinct trial once: the same candidate on the same document is never measured again.
+    """Asks each distinct trial once: the same candidate on the same document never gets a second outcome.
 
     `documents` holds the number of documents of each part, `rows` how many candidates on one of its documents make a
     pass, where it is not one. `observer(trial, outcome, measured_now)` is told of every

@@ -113,7 +113,7 @@ class LlamaCppObjective:
         if not piece.penalty:
             return loss
         if id(piece) not in self._unchanged:
-            self._unchanged[id(piece)] = self._loss(self._numbers.unchanged(), piece)
+            self._unchanged[id(piece)] = self._loss(self._numbers.short_original(), piece)
         above = loss - self._unchanged[id(piece)]
         return above if not above <= 0.0 else 0.0
 

@@ -39,8 +39,8 @@ Documents = Mapping[str, Sequence[npt.NDArray[np.int64] | Document]]
 # Above this much memory for one layer-by-layer backward pass, layers are recomputed instead of kept.
 KEPT_ACTIVATIONS_BYTES = 1 << 30
 # Candidates are the rows of one pass where documents are this short, up to so many tokens in all, and the model is this
-# small: beyond, rows gain nothing (`benchmarks/batched_candidates.py`).
-ROW_TOKENS, PASS_TOKENS, ROW_PARAMETERS = 256, 1024, 50_000_000
+# small: beyond, rows gain little and leave workers idle (`benchmarks/batched_candidates.py`).
+ROW_TOKENS, PASS_TOKENS, ROW_PARAMETERS = 128, 1024, 50_000_000
 
 
 @dataclass(frozen=True)
@@ -131,15 +131,15 @@ class ModelObjective:
             states = hidden[:, piece.places.to(hidden.device)].flatten(0, 1)
             targets = piece.targets.to(hidden.device).repeat(len(candidates))
             losses = state_losses(self.model, states, targets, chunk=CHUNK).view(len(candidates), -1)
-        return [math.fsum(row) for row in (losses.double().cpu() * piece.weights).tolist()]
+        return [math.fsum(row) for row in (losses.cpu().double() * piece.weights).tolist()]
 
     def apply(self, candidates: Sequence[Candidate]) -> None:
         """Have the next forward pass apply each candidate to its row; a single one applies to every row."""
-        numbers = self._numbers
+        numbers, start_tokens = self._numbers, [each.start_tokens for each in candidates]
         self._rotary.set_factors(
             torch.tensor([numbers.total_factors(each) for each in candidates], dtype=torch.float64),
             torch.tensor([numbers.total_attention_factor(each) for each in candidates], dtype=torch.float64),
-            torch.tensor([each.start_tokens for each in candidates]),
+            torch.tensor(start_tokens) if any(start_tokens) else 0,
         )
 
     def close(self) -> None:
@@ -161,10 +161,10 @@ class ModelObjective:
             targets, weights = piece.targets.to(states.device), piece.weights.to(states.device, torch.float32)
             losses, slopes, _ = state_losses_and_gradients(self.model, states.detach(), targets, chunk=CHUNK)
             # A token's loss depends on its own state alone.
-            torch.autograd.backward(states, (slopes * weights[:, None]).to(states.dtype))
+            torch.autograd.backward(states, slopes.mul_(weights[:, None]))
         self.apply([candidate])
         assert offsets.grad is not None
-        return math.fsum((losses.double().cpu() * piece.weights).tolist()), offsets.grad.tolist()
+        return math.fsum((losses.cpu().double() * piece.weights).tolist()), offsets.grad.tolist()
 
 
 def _longest(documents: Sequence[Sequence[_Piece]]) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from longrope_export.search.space import Candidate
 
@@ -53,6 +53,7 @@ class Objective(Protocol):
     def measure(self, trial: Trial) -> Outcome: ...
 
 
+@runtime_checkable
 class RowsObjective(Objective, Protocol):
     """An objective that can also measure several candidates as the rows of one forward pass."""
 
@@ -60,11 +61,10 @@ class RowsObjective(Objective, Protocol):
 
 
 def measured(objective: Objective, trials: Pass) -> tuple[Outcome, ...]:
-    """The outcomes of a pass; more than one trial is only asked of a `RowsObjective`."""
-    if len(trials) == 1:
-        return (objective.measure(trials[0]),)
-    rows: RowsObjective = objective  # type: ignore[assignment]
-    return rows.measure_rows(trials)
+    """The outcomes of a pass, one after another where it is one trial or the objective is no `RowsObjective`."""
+    if len(trials) > 1 and isinstance(objective, RowsObjective):
+        return objective.measure_rows(trials)
+    return tuple(map(objective.measure, trials))
 
 
 class TimedObjective(Objective, Protocol):

@@ -50,7 +50,7 @@ class HeldOut:
 
     def _perplexity(self, model: Any, rotation: TrainingRotation, accelerator: Any, measure: Measure) -> float:
         rank, processes = accelerator.process_index, accelerator.num_processes
-        total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+        total = torch.zeros(2, dtype=torch.float64)  # on the CPU: not every device has the type
         rotation.choose_all(long=measure.long)
         # Every process makes as many forwards as the others, because FSDP's are collective: some count for nothing.
         for start in range(0, len(self.rows), processes):
@@ -59,11 +59,11 @@ class HeldOut:
             found = self._sums(model, row)
             if index < len(self.rows):
                 total += found
-        nll, count = accelerator.reduce(total).tolist()
+        nll, count = (accelerator.reduce(total.to(accelerator.device)) if processes > 1 else total).tolist()
         return math.exp(min(nll / count, 700.0))
 
     def _sums(self, model: Any, row: torch.Tensor) -> torch.Tensor:
         labels = torch.cat([row[1:], row.new_full((1,), IGNORED)])
         positions = torch.arange(len(row), device=row.device)
         outputs = model(input_ids=row[None], position_ids=positions[None], labels=labels[None], use_cache=False)
-        return torch.stack([outputs.total.double(), outputs.count.double()])
+        return torch.tensor([outputs.total.item(), outputs.count.item()], dtype=torch.float64)

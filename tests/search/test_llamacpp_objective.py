@@ -33,7 +33,7 @@ from longrope_export.search.llamacpp_objective import FactorSlots, LlamaCppObjec
 from longrope_export.search.mixture import Document, Piece, plain
 from longrope_export.search.objective import ModelObjective
 from longrope_export.search.protocol import SEARCH, SHORT_SEARCH, Trial
-from longrope_export.search.space import Candidate, PaperSpace, RopeNumbers, closed_form
+from longrope_export.search.space import Candidate, PaperSpace, RopeNumbers, ShortSet, closed_form
 from longrope_export.search.strategies.cmaes import CmaEs, CmaOptions, Sampling
 from longrope_export.search.strategies.evolution import Evolution, EvolutionOptions
 from longrope_export.search.strategies.log_space import LogSpace
@@ -111,6 +111,19 @@ def test_losses_are_the_model_s_under_every_candidate(
     assert found[4] == found[1]
     assert len(set(found)) == 4
     assert max(expected) - min(expected) > 10 * TOLERANCE
+
+
+def test_a_penalty_is_above_what_short_sequences_have_now(
+    demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = ShortSet(window=256, factors=(1.0,) * demo.numbers.pairs)
+    numbers = replace(demo.numbers, base_attention_factor=1.1, switched=now)
+    asked: list[Candidate] = []
+    monkeypatch.setattr(LlamaCppObjective, "_loss", lambda self, candidate, piece: asked.append(candidate) or 1.0)
+    with _source(demo, tmp_path, numbers=numbers).open() as opened:
+        opened.measure(Trial(closed_form("yarn", numbers), PENALTY, 0))
+    assert asked[2:] == [numbers.short_original()]
+    assert numbers.short_original() != numbers.unchanged()
 
 
 def test_the_second_document_is_another_text(

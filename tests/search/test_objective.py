@@ -16,6 +16,7 @@ from longrope_export.search.memory import CHUNK, activation_bytes, memory_plan
 from longrope_export.search.objective import ModelObjective
 from longrope_export.search.protocol import Trial
 from longrope_export.search.space import Candidate, RopeNumbers, closed_form
+from longrope_export.tolerances import SAME_LOSS
 
 LONG = tuple(float(value) for value in np.linspace(1.0, 5.0, 16))
 
@@ -203,8 +204,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_every_family_s_gradient_is_its_finite_difference(tiny: Any, kind: str) -> None:
+def _family(tiny: Any, kind: str) -> ModelObjective:
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         kind, vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
@@ -213,7 +213,22 @@ def test_every_family_s_gradient_is_its_finite_difference(tiny: Any, kind: str) 
     theta = 1e6 if kind == "gemma3_text" else 10000.0
     model = AutoModelForCausalLM.from_config(config).double()
     numbers = RopeNumbers(rope_theta=theta, rotary_dim=32, window=32, target=128)
-    objective = ModelObjective(model, numbers, {"search": tiny.rows}, recompute=True)
+    return ModelObjective(model, numbers, {"search": tiny.rows}, recompute=True)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_family_s_rows_have_their_own_set(tiny: Any, kind: str) -> None:
+    objective = _family(tiny, kind)
+    candidates = [Candidate(LONG, 1.1), Candidate(LONG, 1.3), Candidate(LONG, 1.1, 16), Candidate((1.5,) * 16, 1.1)]
+    trials = tuple(Trial(candidate, "search", 0) for candidate in candidates)
+    losses = [outcome.loss for outcome in objective.measure_rows(trials)]
+    assert losses == pytest.approx([objective.measure(trial).loss for trial in trials], abs=SAME_LOSS)
+    assert min(np.diff(sorted(losses))) > 20 * SAME_LOSS
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_family_s_gradient_is_its_finite_difference(tiny: Any, kind: str) -> None:
+    objective = _family(tiny, kind)
     at = np.log([*LONG, 1.1])
     gradient = objective.measure(Trial(_at(at, 0), "search", 0, gradient=True)).gradient
     assert gradient is not None

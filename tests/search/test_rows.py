@@ -196,12 +196,13 @@ def test_workers_answer_passes_of_several_trials(tmp_path: Path) -> None:
     assert all(math.isfinite(each.loss) for each in outcomes)
 
 
-def test_in_process_asks_rows_only_where_there_are_several() -> None:
+@pytest.mark.parametrize("rows", [{}, ROWS])
+def test_an_objective_without_rows_measures_one_after_another(rows: dict[str, int]) -> None:
     class Alone:
         def measure(self, trial: Trial) -> Outcome:
             return Outcome(trial.candidate.factors[1])
 
     trials = _asked()
-    assert Evaluator(InProcess(Alone()), {SEARCH: 2}).evaluate(trials) == [
+    assert Evaluator(InProcess(Alone()), {SEARCH: 2}, rows=rows).evaluate(trials) == [
         Outcome(trial.candidate.factors[1]) for trial in trials
     ]

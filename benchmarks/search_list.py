@@ -32,6 +32,8 @@ def _default(name: str, about: str, **options: Any) -> Arm:
 _FEW: dict[str, Any] = {
     "budget": "1.15", "short": "original", "objective": "perplexity", "baselines": ("yarn",), "start_tokens": (0,),
 }  # fmt: skip
+_FASTER = GradientOptions(learning_rate=0.3, trust_region=0.4)
+_FASTEST = GradientOptions(learning_rate=0.4, trust_region=0.5)
 _ALGORITHM_1 = {"strategy": "evolution", "budget": "1344", "short": "original", "validation_documents": VALIDATION}
 _ARMS = (
     Arm(YARDSTICK, "Algorithm 1 in full, 1,344 evaluations of 5 documents", _ALGORITHM_1, counts_search_alone=True,
@@ -46,11 +48,16 @@ _ARMS = (
     _default("default-free", "`--constraint none`", gradient=GradientOptions(constraint="none")),
     _default("default-free-needle-0.1", "`--constraint none --objective perplexity=0.9,needle=0.1`",
              gradient=GradientOptions(constraint="none"), objective="perplexity=0.9,needle=0.1"),
+    _default("default-rate-0.3", "`--learning-rate 0.3 --trust-region 0.4`", gradient=_FASTER),
     _default("default-four-a-step", "four documents a step", gradient=GradientOptions(documents_per_step=4)),
     Arm("eightieth", "1/80 of Algorithm 1, the choice included: perplexity alone, YaRN the one closed form, no n̂", _FEW,
         64, retrieve=True),
     Arm("eightieth-free", "the same with `--constraint none`", {**_FEW, "gradient": GradientOptions(constraint="none")},
         64, retrieve=True),
+    Arm("eightieth-rate-0.3", "the same with `--learning-rate 0.3 --trust-region 0.4`", {**_FEW, "gradient": _FASTER}, 64,
+        retrieve=True),
+    Arm("eightieth-rate-0.4", "the same with `--learning-rate 0.4 --trust-region 0.5`", {**_FEW, "gradient": _FASTEST}, 64,
+        retrieve=True),
     Arm("gguf", "the default for a GGUF: attention factor 1, no n̂", {**_DEFAULT, "runtime": "gguf"}, 64, retrieve=True),
     Arm("gguf-attention", "for a GGUF with `--attention method --learn-attention`",
         {**_DEFAULT, "runtime": "gguf", "attention": "method", "learn_attention": True}, 64, retrieve=True),
@@ -65,7 +72,7 @@ _ARMS = (
     _descend("last-iterate", "no averaging", average=0.0),
     _descend("average-all", "all iterates are averaged", average=1.0),
     _descend("rate-0.12", "`--learning-rate 0.12 --trust-region 0.15`", learning_rate=0.12, trust_region=0.15),
-    _descend("rate-0.3", "`--learning-rate 0.3 --trust-region 0.4`", learning_rate=0.3, trust_region=0.4),
+    _change("rate-0.3", "`--learning-rate 0.3 --trust-region 0.4`", gradient=_FASTER),
     _descend("turns-2", "`--full-rate-turns 2`: fast pairs are slowed less", full_rate_turns=2.0),
     _descend("turns-4", "`--full-rate-turns 4`", full_rate_turns=4.0),
     _descend("turns-8", "`--full-rate-turns 8`: fast pairs are hardly slowed", full_rate_turns=8.0),

@@ -73,5 +73,5 @@ def worth_another(result: Answer, index: int, losses: Counter[int]) -> bool:
     losses[index] += 1
     if losses[index] >= MOST_LOSSES:
         return False
-    _LOG.warning("%s; what it measured is measured again", result.message)
+    _LOG.warning("%s; its pass is done again", result.message)
     return True

@@ -135,7 +135,7 @@ def test_a_trial_whose_llama_cpp_dies_is_done_again(start: Any, tmp_path: Path, 
     executor = start(kind, ToySource(tmp_path, child_deaths=(1, 2)))
     assert _in_order(executor, trials) == [toy_outcome(trial) for trial in trials]
     assert len(list(tmp_path.glob("began-1-*"))) == 3
-    assert caplog.text.count("llama.cpp died by SIGKILL on a copy of the model: no log; its trial is done again") == 2
+    assert caplog.text.count("llama.cpp died by SIGKILL on a copy of the model: no log; its pass is done again") == 2
 
 
 @KINDS

@@ -132,7 +132,7 @@ def test_llama_cpp_searches_a_gguf_here_and_in_processes_though_it_is_killed(
     assert not left.exists()
     assert _LosesLlamaCpp.killed
     assert "llama.cpp died by SIGKILL" in caplog.text
-    assert "its trial is done again" in caplog.text
+    assert "its pass is done again" in caplog.text
 
 
 def test_the_command_searches_with_llama_cpp(gguf: Path, long_text: Path, tmp_path: Path) -> None:
